@@ -1,0 +1,186 @@
+"""CLIP's text side: the byte-level BPE tokenizer and the text transformer that gives the UNet its context."""
+
+import gzip
+import html
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_LENGTH = 77  # token ids in a prompt, start and end included
+NUM_MERGES = 48_894  # of the published list; it goes on, but CLIP's vocabulary ends there
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+
+
+@lru_cache
+def byte_symbols() -> dict[int, str]:
+    """A printable character for each of the 256 bytes: itself where it prints, else one from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in symbols:
+            symbols[byte] = chr(256 + len(symbols) - len(printable))
+    return symbols  # the order is that of CLIP's vocabulary
+
+
+def split_words(text: str) -> list[str]:
+    """The words that BPE works on: special tokens, contractions, runs of letters, single digits, runs of the rest."""
+    kinds = {"L": "L", "N": "N"}  # Unicode's major categories: letters, numbers; marks count as the rest
+    classes = "".join(" " if c.isspace() else kinds.get(unicodedata.category(c)[0], "x") for c in text)
+    special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)")
+    run = re.compile(r"L+|N|x+")
+    words, position = [], 0
+    while position < len(text):
+        match = special.match(text, position) or run.match(classes, position)
+        if match:
+            words.append(text[position : match.end()])
+        position = match.end() if match else position + 1
+    return words
+
+
+STRAIGHT_QUOTES = {ord(c): "'" for c in "\u02bc\u2018\u2019\u201a\u201b"} | dict.fromkeys(range(0x201C, 0x2020), '"')
+
+
+def normalize(text: str) -> str:
+    """Plain forms of what keyboards and editors vary: quotes, full-width forms, ligatures, composed accents.
+
+    The published tokenizer calls the library ftfy here, which also repairs mis-decoded bytes ("cafÃ©") and removes
+    control characters and terminal escapes. This one does not: such text is taken as it stands.
+    """
+    text = text.translate(STRAIGHT_QUOTES)
+    compatible = re.compile("[\ufb00-\ufb06\uff01-\uffef]")
+    text = compatible.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    return unicodedata.normalize("NFC", text)
+
+
+class Tokenizer:
+    """Text to CLIP's token ids, by byte-level byte-pair encoding; `normalize` says where it differs from CLIP's."""
+
+    def __init__(self, merges: list[tuple[str, str]]):
+        symbols = list(byte_symbols().values())
+        vocabulary = symbols + [s + WORD_END for s in symbols] + ["".join(pair) for pair in merges] + [START, END]
+        self.ids = {token: i for i, token in enumerate(vocabulary)}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.start, self.end = self.ids[START], self.ids[END]
+        self.cache = {START: [self.start], END: [self.end]}
+
+    @classmethod
+    def from_merges(cls, path: str | Path) -> "Tokenizer":
+        """Read a merges.txt (a "#version" line, then one pair a line), or CLIP's published list as .gz.
+
+        Raises OSError when the file can't be read and ValueError when it is no list of merges.
+        """
+        opener = gzip.open if Path(path).suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : NUM_MERGES + 1]
+        merges = [tuple(line.split()) for line in lines if line]
+        for number, pair in enumerate(merges, start=2):
+            if len(pair) != 2:
+                raise ValueError(f"{path} line {number}: expected two symbols, found {' '.join(pair)[:60]!r}")
+        return cls(merges)
+
+    def merge(self, word: str) -> list[int]:
+        """One word to ids: its bytes, joined pair by pair, always the pair that comes first in the list."""
+        if word in self.cache:
+            return self.cache[word]
+        parts = [byte_symbols()[byte] for byte in word.encode("utf-8")]
+        parts[-1] += WORD_END
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                pair = tuple(parts[i : i + 2])
+                joined.append("".join(pair) if pair == best else parts[i])
+                i += 2 if pair == best else 1
+            parts = joined
+        self.cache[word] = [self.ids[part] for part in parts]
+        return self.cache[word]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of any length, without start and end."""
+        text = html.unescape(html.unescape(normalize(text)))  # twice, as published: &amp;lt; is <
+        text = " ".join(text.split()).lower()
+        return [i for word in split_words(text) for i in self.merge(word)]
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """Prompts to int64 [B, 77]: start, at most 75 ids, end, and ends again as padding."""
+        ids = torch.full((len(prompts), MAX_LENGTH), self.end)
+        for row, prompt in zip(ids, prompts):
+            tokens = [self.start, *self.encode(prompt)[: MAX_LENGTH - 2]]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of a text transformer; the defaults are those of CLIP ViT-L/14, which SD 1.x uses."""
+
+    vocab_size: int = 49_408
+    width: int = 768
+    mlp_width: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_length: int = MAX_LENGTH
+
+
+class Attention(nn.Module):
+    """Causal self-attention, [B, N, D] -> [B, N, D]: a token sees itself and those before it."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: attention, then two linear layers, each added to its input."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config.width, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp_in = nn.Linear(config.width, config.mlp_width)
+        self.mlp_out = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        h = self.mlp_in(self.norm2(x))
+        return x + self.mlp_out(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids to the context that the UNet attends to: every position, after the last layer's norm."""
+
+    def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, N], N at most 77 -> [B, N, D]."""
+        x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm_out(x)

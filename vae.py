@@ -1,0 +1,150 @@
+"""The KL autoencoder of Stable Diffusion: images to latents of an eighth of the side, and back.
+
+Latents here are unscaled: the factor 0.18215 belongs to StableDiffusion, not to the autoencoder.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet import ResBlock, Upsample
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of an autoencoder; the defaults are Stable Diffusion 1.5's. Four levels make f = 8."""
+
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+
+
+class SpatialAttention(nn.Module):
+    """One head of attention over all positions, with 1x1 convolutions: [B, C, h, w] -> [B, C, h, w]."""
+
+    def __init__(self, channels, norm_groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.to_q = nn.Conv2d(channels, channels, 1)
+        self.to_k = nn.Conv2d(channels, channels, 1)
+        self.to_v = nn.Conv2d(channels, channels, 1)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))  # [B, h*w, C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.to_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Middle(nn.Module):
+    """ResBlock, attention, ResBlock at the latent's resolution."""
+
+    def __init__(self, channels, norm_groups):
+        super().__init__()
+        self.resnet1 = vae_resnet(channels, channels, norm_groups)
+        self.attention = SpatialAttention(channels, norm_groups)
+        self.resnet2 = vae_resnet(channels, channels, norm_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnet2(self.attention(self.resnet1(x)))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2, padded at the right and the bottom only, as released."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """The ResBlocks of one resolution, then the way to the next one, if any."""
+
+    def __init__(self, in_channels, out_channels, num_res_blocks, norm_groups, resample=None):
+        super().__init__()
+        self.resnets = nn.Sequential(
+            vae_resnet(in_channels, out_channels, norm_groups),
+            *(vae_resnet(out_channels, out_channels, norm_groups) for _ in range(num_res_blocks - 1)),
+        )
+        self.resample = resample(out_channels) if resample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resample(self.resnets(x))
+
+
+def vae_resnet(in_channels: int, out_channels: int, norm_groups: int) -> ResBlock:
+    return ResBlock(in_channels, out_channels, norm_groups=norm_groups, eps=1e-6)
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> features [B, 2 * latent_channels, H/8, W/8]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mult]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        channels = config.channels
+        for i, width in enumerate(widths):
+            resample = Downsample if i < len(widths) - 1 else None
+            self.levels.append(Level(channels, width, config.num_res_blocks, config.norm_groups, resample))
+            channels = width
+        self.middle = Middle(channels, config.norm_groups)
+        self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """Latent [B, latent_channels, H/8, W/8] -> image [B, 3, H, W]. Level 0 is the finest, as in the encoder."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mult]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.middle = Middle(widths[-1], config.norm_groups)
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            coarser = widths[min(i + 1, len(widths) - 1)]
+            resample = Upsample if i > 0 else None
+            self.levels.append(Level(coarser, width, config.num_res_blocks + 1, config.norm_groups, resample))
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.middle(self.conv_in(z))
+        for level in reversed(self.levels):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """The image autoencoder around the diffusion: both ways at an eighth of the side."""
+
+    def __init__(self, config: VAEConfig = VAEConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.from_latent = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [-1, 1] -> moments [B, 8, H/8, W/8]: four means, then four log-variances."""
+        return self.to_moments(self.encoder(image))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latent [B, 4, h, w] -> image [B, 3, 8h, 8w], about [-1, 1] (not clipped)."""
+        return self.decoder(self.from_latent(z))

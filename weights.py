@@ -1,0 +1,412 @@
+"""Official Stable Diffusion and ControlNet files to our modules and back: names, safe reading and writing, download.
+
+One table of rules gives for each of our tensor names the official one; loading uses it the other way round.
+Everything is checked: a missing, unknown or misshapen name inside a part is an error, never passed over.
+"""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clip_text import CLIPTextModel
+from controlnet import ControlNet
+from errors import UserError
+from unet import UNet
+from vae import AutoencoderKL
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names. Rules are (ours, official), {i} and {j} standing for numbers; a name's last part (.weight, .bias) follows.
+
+
+def nest(ours: str, theirs: str, rules: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in rules]
+
+
+RESNET = [
+    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("shortcut", "skip_connection"),
+]  # fmt: skip
+ATTENTION = [("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")]
+TRANSFORMER = [
+    ("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"),
+    *[(f"norm{i}", f"transformer_blocks.0.norm{i}") for i in (1, 2, 3)],
+    *nest("self_attention", "transformer_blocks.0.attn1", ATTENTION),
+    *nest("cross_attention", "transformer_blocks.0.attn2", ATTENTION),
+    *nest("feed_forward", "transformer_blocks.0.ff", [("proj_in", "net.0.proj"), ("proj_out", "net.2")]),
+]  # fmt: skip
+ENCODER = [  # what the UNet and its copy, the ControlNet, share
+    ("time_embed.{i}", "time_embed.{i}"),
+    ("encoder.0.conv", "input_blocks.0.0"),
+    ("encoder.{i}.downsample", "input_blocks.{i}.0.op"),
+    *nest("encoder.{i}.resnet", "input_blocks.{i}.0", RESNET),
+    *nest("encoder.{i}.transformer", "input_blocks.{i}.1", TRANSFORMER),
+    *nest("middle.resnet1", "middle_block.0", RESNET),
+    *nest("middle.transformer", "middle_block.1", TRANSFORMER),
+    *nest("middle.resnet2", "middle_block.2", RESNET),
+]
+VAE_RESNET = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")] + [("shortcut", "nin_shortcut")]
+VAE_SIDES = [  # the same names in encoder and decoder
+    ("conv_in", "conv_in"), ("norm_out", "norm_out"), ("conv_out", "conv_out"),
+    *nest("middle.resnet1", "mid.block_1", VAE_RESNET), *nest("middle.resnet2", "mid.block_2", VAE_RESNET),
+    *[(f"middle.attention.{a}", f"mid.attn_1.{b}")
+      for a, b in (("norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out", "proj_out"))],
+]  # fmt: skip
+RULES: dict[type[nn.Module], list[tuple[str, str]]] = {
+    UNet: [
+        *ENCODER,
+        *nest("decoder.{i}.resnet", "output_blocks.{i}.0", RESNET),
+        *nest("decoder.{i}.transformer", "output_blocks.{i}.1", TRANSFORMER),
+        ("decoder.2.upsample.conv", "output_blocks.2.1.conv"),  # the block without a transformer
+        ("decoder.{i}.upsample.conv", "output_blocks.{i}.2.conv"),
+        ("norm_out", "out.0"),
+        ("conv_out", "out.2"),
+    ],
+    ControlNet: [
+        *ENCODER,
+        ("hint_encoder.{i}", "input_hint_block.{i}"),
+        ("zero_convs.{i}", "zero_convs.{i}.0"),
+        ("middle_zero_conv", "middle_block_out.0"),
+    ],
+    AutoencoderKL: [
+        *nest("encoder", "encoder", VAE_SIDES),
+        *nest("encoder.levels.{i}.resnets.{j}", "encoder.down.{i}.block.{j}", VAE_RESNET),
+        ("encoder.levels.{i}.resample.conv", "encoder.down.{i}.downsample.conv"),
+        *nest("decoder", "decoder", VAE_SIDES),
+        *nest("decoder.levels.{i}.resnets.{j}", "decoder.up.{i}.block.{j}", VAE_RESNET),
+        ("decoder.levels.{i}.resample.conv", "decoder.up.{i}.upsample.conv"),
+        ("to_moments", "quant_conv"),
+        ("from_latent", "post_quant_conv"),
+    ],
+    CLIPTextModel: [
+        ("token_embedding", "embeddings.token_embedding"),
+        ("position_embedding", "embeddings.position_embedding"),
+        *nest("layers.{i}", "encoder.layers.{i}", [
+            ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2"),
+            *[(f"attention.{a}", f"self_attn.{b}_proj")
+              for a, b in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out", "out"))],
+        ]),
+        ("norm_out", "final_layer_norm"),
+    ],
+}  # fmt: skip
+PREFIXES = {
+    UNet: "model.diffusion_model.",
+    AutoencoderKL: "first_stage_model.",
+    CLIPTextModel: "cond_stage_model.transformer.text_model.",
+    ControlNet: "control_model.",
+}
+IGNORED = {  # stands in official files and is rightly left out: what follows from the schedule, and running averages
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights",
+    "model_ema.*", "cond_stage_model.transformer.text_model.embeddings.position_ids",
+}  # fmt: skip
+# diffusers' ControlNetModel counts by levels and lays the hint encoder out by hand.
+DIFFUSERS_RESNET = [
+    ("norm1", "norm1"), ("conv1", "conv1"), ("time_proj", "time_emb_proj"),
+    ("norm2", "norm2"), ("conv2", "conv2"), ("shortcut", "conv_shortcut"),
+]  # fmt: skip
+DIFFUSERS = [
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("encoder.0.conv", "conv_in"),
+    ("hint_encoder.0", "controlnet_cond_embedding.conv_in"),
+    *[(f"hint_encoder.{2 * i + 2}", f"controlnet_cond_embedding.blocks.{i}") for i in range(6)],
+    ("hint_encoder.14", "controlnet_cond_embedding.conv_out"),
+    *[
+        rule
+        for level in range(4)
+        for j in range(2)
+        for rule in (
+            *nest(f"encoder.{3 * level + j + 1}.resnet", f"down_blocks.{level}.resnets.{j}", DIFFUSERS_RESNET),
+            *nest(f"encoder.{3 * level + j + 1}.transformer", f"down_blocks.{level}.attentions.{j}", TRANSFORMER),
+        )
+    ],
+    *[(f"encoder.{3 * i + 3}.downsample", f"down_blocks.{i}.downsamplers.0.conv") for i in range(3)],
+    *nest("middle.resnet1", "mid_block.resnets.0", DIFFUSERS_RESNET),
+    *nest("middle.transformer", "mid_block.attentions.0", TRANSFORMER),
+    *nest("middle.resnet2", "mid_block.resnets.1", DIFFUSERS_RESNET),
+    ("zero_convs.{i}", "controlnet_down_blocks.{i}"),
+    ("middle_zero_conv", "controlnet_mid_block"),
+]
+
+
+# The hint encoder's convolutions whose widths are free, for reading them off a file.
+HINT_WIDTHS = [f"hint_encoder.{i}.weight" for i in (0, 4, 8, 12)]
+
+
+def translate(name: str, rules: list[tuple[str, str]]) -> str:
+    """Our tensor name in the rules' other layout. Raises KeyError when no rule fits."""
+    stem, leaf = name.rsplit(".", 1)
+    for ours, theirs in rules:
+        pattern = re.escape(ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
+        if match := re.fullmatch(pattern, stem):
+            return f"{theirs.format(**match.groupdict())}.{leaf}"
+    raise KeyError(f"no rule for {name}")
+
+
+def rename(module: nn.Module, rules: list[tuple[str, str]], prefix: str = "") -> dict[str, str]:
+    """Our name -> the other layout's name, for every tensor of the module."""
+    return {name: prefix + translate(name, rules) for name in module.state_dict()}
+
+
+def official_layout(module: nn.Module) -> dict[str, str]:
+    if isinstance(module, ControlNet) and module.lite:  # the ablation has no official form
+        return {name: name for name in module.state_dict()}
+    return rename(module, RULES[type(module)], PREFIXES[type(module)])
+
+
+def official_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a UNet, AutoencoderKL, CLIPTextModel or ControlNet under their full official names."""
+    state = module.state_dict()
+    return {theirs: state[ours] for ours, theirs in official_layout(module).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def likely_cause(tensors: Mapping[str, Tensor]) -> str:
+    """What a file that does not fit probably is, as the end of a sentence, or nothing."""
+
+    def has(*fragments: str) -> bool:
+        return any(fragment in name for name in tensors for fragment in fragments)
+
+    to_k = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    if has("lora_up", "lora_down", "lora_A", "lora_B", "lora_unet_", "lora_te_"):
+        return "; this looks like a LoRA, which changes a base model and is none: pass a full checkpoint"
+    if has("conditioner.embedders."):
+        return "; this looks like SDXL: only Stable Diffusion 1.x and its descendants fit"
+    if has("cond_stage_model.model.") or (to_k in tensors and tensors[to_k].shape[-1] == 1024):
+        return "; this looks like Stable Diffusion 2.x: only 1.x and its descendants fit"
+    if has("controlnet_cond_embedding."):
+        return "; this looks like a ControlNet in diffusers' layout: pass it as a ControlNet"
+    if has("down_blocks."):
+        return "; this looks like diffusers' layout: pass the single-file checkpoint (.safetensors) instead"
+    if has("control_model.") and not has("model.diffusion_model."):
+        return "; this looks like a ControlNet, not a base model: pass it as a ControlNet"
+    if has("model.diffusion_model.") and not has("control_model."):
+        return "; this looks like a base model, not a ControlNet: pass it as the base"
+    return ""
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], names: dict[str, str], prefix: str, source: str) -> None:
+    """Give every tensor of `module` its value; `names` says under which name each stands in `tensors`.
+
+    Parameters on the meta device take the tensors themselves (memory-mapped ones stay so) in the parameter's dtype,
+    all others are overwritten in place.
+    """
+    state = module.state_dict()
+    for ours, theirs in names.items():
+        if theirs not in tensors:
+            shape = list(state[ours].shape)
+            raise UserError(f"{source}: {theirs} {shape} is missing{likely_cause(tensors)}")
+        expected, found = list(state[ours].shape), list(tensors[theirs].shape)
+        if expected != found:
+            raise UserError(f"{source}: {theirs} has shape {found}, expected {expected}{likely_cause(tensors)}")
+    known = set(names.values()) | IGNORED
+    unknown = next((name for name in tensors if name.startswith(prefix) and name not in known), None)
+    if unknown is not None:
+        shape = list(tensors[unknown].shape)
+        raise UserError(f"{source}: {unknown} {shape} is no part of the model{likely_cause(tensors)}")
+
+    values = {ours: tensors[theirs].to(state[ours].dtype) for ours, theirs in names.items()}
+    module.load_state_dict(values, assign=any(tensor.is_meta for tensor in state.values()))
+
+
+def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+    """Load a UNet, AutoencoderKL, CLIPTextModel or ControlNet from tensors under their full official names.
+
+    Other parts' tensors may stand beside them. `source` names the file in errors. Raises UserError for the first
+    missing, misshapen or unknown name inside the part, with its shapes and the likely cause; the module is
+    then as it was.
+    """
+    fill(module, tensors, official_layout(module), PREFIXES[type(module)], source)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a weight file and its metadata (empty but for safetensors), memory-mapped: nothing is read yet.
+
+    Takes .safetensors, and .ckpt, .pth, .pt, .bin as far as they hold nothing but tensors: pickled objects are
+    never built. Raises UserError when the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: pass the single-file checkpoint (.safetensors) instead")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no safetensors file, or a damaged one ({error}): fetch it again") from None
+    if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
+        raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no PyTorch file ({error}): fetch it again") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no named tensors: pass a checkpoint")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
+
+
+def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
+    """A ControlNet in float32, for `unet`'s sizes, from any of the layouts in use.
+
+    `path` is a single file with official names (prefix control_model., or none; other parts beside it are skipped),
+    one in diffusers' layout, one of our own "lite" ablation, or a diffusers folder. Raises UserError as read_tensors
+    and load_official do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            raise UserError(f"{path}: no {names[0]} in this folder; pass a ControlNet's file or diffusers folder")
+        path = files[0]
+    tensors, metadata = read_tensors(path)
+    prefix = PREFIXES[ControlNet]
+    diffusers = any(name.startswith("controlnet_cond_embedding.") for name in tensors)
+    lite = metadata.get("copy") == "lite"
+    if not diffusers and not lite and not any(name.startswith(prefix) for name in tensors):
+        if "input_hint_block.0.weight" in tensors:
+            tensors = {prefix + name: value for name, value in tensors.items()}
+
+    rules = DIFFUSERS if diffusers else RULES[ControlNet]
+    hint_names = [name if lite else translate(name, rules) for name in HINT_WIDTHS]
+    hint_names = [name if lite or diffusers else prefix + name for name in hint_names]
+    first_missing = next((name for name in hint_names if name not in tensors), None)
+    if first_missing is not None:
+        raise UserError(f"{path}: {first_missing} is missing, so this is no ControlNet{likely_cause(tensors)}")
+    with torch.device("meta"):
+        shapes = UNet(unet.config)
+        hint_channels = tuple(len(tensors[name]) for name in hint_names)
+        controlnet = ControlNet.from_unet(shapes, hint_channels, copy="lite" if lite else "full")
+    if diffusers:
+        fill(controlnet, tensors, rename(controlnet, DIFFUSERS), "", str(path))
+    else:
+        load_official(controlnet, tensors, str(path))
+    return controlnet
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, flush it, and move it there: readers see the old file or the new one.
+
+    Raises UserError when the folder can't be written or the disk is full; what stood at `path` is then intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {path} ({error}): make room or choose another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, replacing what was there only when it is complete."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, {"format": "pt"} | (metadata or {})))
+
+
+def save_controlnet(
+    controlnet: ControlNet, path: str | Path, layout: str = "official", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a ControlNet for other programs.
+
+    "official": one .safetensors with the prefix control_model., which A1111, ComfyUI and diffusers read.
+    "diffusers": a folder with config.json, for ControlNetModel.from_pretrained.
+    The "lite" ablation exists only here: it is written under our own names, marked in the metadata, and has no
+    diffusers layout. Raises UserError for that, or when writing fails; ValueError for another layout.
+    """
+    if layout == "official":
+        metadata = (metadata or {}) | ({"copy": "lite"} if controlnet.lite else {})
+        save_tensors(official_state_dict(controlnet), path, metadata)
+    elif layout == "diffusers":
+        if controlnet.lite:
+            raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")
+        state = controlnet.state_dict()
+        names = rename(controlnet, DIFFUSERS)
+        save_tensors({names[k]: v for k, v in state.items()}, Path(path) / "diffusion_pytorch_model.safetensors")
+        text = json.dumps(diffusers_config(controlnet), indent=2)
+        write_atomically(Path(path) / "config.json", lambda temporary: temporary.write_text(text + "\n"))
+    else:
+        raise ValueError(f"layout is 'official' or 'diffusers', not {layout!r}")
+
+
+def diffusers_config(controlnet: ControlNet) -> dict:
+    """config.json of diffusers' ControlNetModel."""
+    config = controlnet.config
+    levels = range(len(config.channel_mult))
+    hint_convs = [m for m in controlnet.hint_encoder if isinstance(m, nn.Conv2d)]
+    return {
+        "_class_name": "ControlNetModel",
+        "act_fn": "silu",
+        "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads in SD 1.x
+        "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],
+        "conditioning_embedding_out_channels": [conv.out_channels for conv in hint_convs[:-1:2]],
+        "cross_attention_dim": config.context_dim,
+        "down_block_types": ["CrossAttnDownBlock2D" if i in config.attention_levels else "DownBlock2D" for i in levels],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": config.in_channels,
+        "layers_per_block": config.num_res_blocks,
+        "norm_eps": 1e-5,
+        "norm_num_groups": config.norm_groups,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Download
+
+
+def fetch(repo: str, file: str, advice: str) -> Path:
+    """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
+
+    Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    cached = try_to_load_from_cache(repo, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None
+
+
+def locate(source: str | Path, advice: str) -> Path:
+    """A local path as it is, or owner/repo:file fetched from the hub. Raises UserError as fetch does."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source))
+    if match and not Path(source).exists():
+        return fetch(match[1], match[2], advice)
+    return Path(source)
