@@ -1,4 +1,4 @@
-"""ControlNet: a trainable copy of the UNet's encoder between zero convolutions (paper, Fig. 2, 3b; equations 1 to 4)."""
+"""ControlNet: a trainable copy of the UNet's encoder between zero convolutions (Fig. 2, 3b; equations 1 to 4)."""
 
 from copy import deepcopy
 

@@ -1,10 +1,19 @@
 """fill50k: pairs of hint (a ring) and target (the disc filled), drawn here or read from a folder."""
 
 import json
+import os
+import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor
+import torch
+from PIL import Image, ImageColor, ImageOps
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from errors import ArgumentParser, UserError, run
 
 # The 139 distinct CSS colours, their names split into words as in fill50k's prompts.
 COLOUR_NAMES = """\
@@ -68,3 +77,236 @@ def draw_scene(rng: np.random.Generator, size: int, shapes=("circle",)) -> tuple
 def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> tuple[Image.Image, Image.Image, str]:
     """Pair `index` of an endless set like fill50k, the same for the same (index, size, seed)."""
     return draw_scene(np.random.default_rng([seed, index]), size)
+
+
+def fit_image(image: Image.Image, resolution: int, square: bool = True) -> torch.Tensor:
+    """Any picture -> [3, H, W] in [0, 1]: the shorter side to `resolution`, antialiased bilinear, then the centre.
+
+    The centre is a square, or else the largest part whose sides are multiples of 64.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGB")
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    crop_width, crop_height = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    pixels = np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def read_image(path: Path, resolution: int, square: bool = True) -> torch.Tensor:
+    """fit_image of a file. Raises UserError when it is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return fit_image(image, resolution, square)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read as a picture ({error}): save it again as PNG or JPEG") from None
+
+
+class Pairs(Dataset):
+    """What a set of pairs has: `prompts`, and hints and images by index, squares of `resolution` pixels."""
+
+    prompts: list[str]
+    resolution: int
+
+    def hint(self, index: int) -> torch.Tensor:
+        """[3, H, W] in [0, 1], 0 = background."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> torch.Tensor:
+        """The target, [3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"hint": self.hint(index), "image": self.image(index), "prompt": self.prompts[index]}
+
+
+class PairedImages(Pairs):
+    """A folder in fill50k's layout: prompt.json, one {"source", "target", "prompt"} a line, paths inside the folder.
+
+    Raises UserError for the first broken line, and when a picture turns out to be missing or unreadable.
+    """
+
+    def __init__(self, root: str | Path, resolution: int):
+        self.root, self.resolution = Path(root), resolution
+        self.prompts, self.sources, self.targets = [], [], []
+        listing = self.root / "prompt.json"
+        if not listing.is_file():
+            raise UserError(f"{listing}: no such file; the data folder needs one line a pair there, as fill50k has")
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                source, target, prompt = entry["source"], entry["target"], entry["prompt"]
+                paths = [(self.root / name).resolve() for name in (source, target)]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f'{listing} line {number}: expected {{"source": …, "target": …, "prompt": …}} ({error!r})'
+                ) from None
+            for path in paths:
+                if not path.is_relative_to(self.root.resolve()) or not path.is_file():
+                    raise UserError(f"{listing} line {number}: {path} is missing or outside the folder")
+            self.sources.append(paths[0])
+            self.targets.append(paths[1])
+            self.prompts.append(prompt)
+        if not self.prompts:
+            raise UserError(f"{listing} has no pairs")
+
+    def hint(self, index: int) -> torch.Tensor:
+        return read_image(self.sources[index], self.resolution)
+
+    def image(self, index: int) -> torch.Tensor:
+        return read_image(self.targets[index], self.resolution) * 2 - 1
+
+
+class DrawnImages(Pairs):
+    """`count` pairs of draw_fill50k, drawn when they are asked for."""
+
+    def __init__(self, count: int, resolution: int, seed: int = 0):
+        self.resolution, self.seed = resolution, seed
+        # A picture's size does not change what is on it, so the smallest one tells the prompt.
+        self.prompts = [draw_fill50k(i, 1, seed)[2] for i in range(count)]
+
+    def hint(self, index: int) -> torch.Tensor:
+        return fit_image(draw_fill50k(index, self.resolution, self.seed)[0], self.resolution)
+
+    def image(self, index: int) -> torch.Tensor:
+        return fit_image(draw_fill50k(index, self.resolution, self.seed)[1], self.resolution) * 2 - 1
+
+
+class Selected(Pairs):
+    """Some pairs of another set."""
+
+    def __init__(self, pairs: Pairs, indices: range):
+        self.pairs, self.indices, self.resolution = pairs, indices, pairs.resolution
+        self.prompts = [pairs.prompts[i] for i in indices]
+
+    def hint(self, index: int) -> torch.Tensor:
+        return self.pairs.hint(self.indices[index])
+
+    def image(self, index: int) -> torch.Tensor:
+        return self.pairs.image(self.indices[index])
+
+
+def fetch_fill50k(folder: Path = Path("fill50k")) -> Path:
+    """The published set: training/fill50k.zip of lllyasviel/ControlNet (200 MB), unpacked once into `folder`.
+
+    Raises UserError when it can't be had or is damaged.
+    """
+    from weights import fetch  # here, so that drawing and reading pairs needs no model code
+
+    if (folder / "prompt.json").is_file():
+        return folder
+    archive = fetch("lllyasviel/ControlNet", "training/fill50k.zip", "unpack a copy and pass its folder with --data")
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+        unpack(archive, Path(temporary))
+        listing = next(Path(temporary).rglob("prompt.json"), None)
+        if listing is None:
+            raise UserError(f"{archive} has no prompt.json in it: delete it, so that it is fetched again")
+        os.replace(listing.parent, folder)
+    return folder
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip file whose every entry lies inside `folder`; raises UserError otherwise, or when it is damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in file.namelist():
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
+            for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
+                file.extract(name, folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive} is damaged ({error}): delete it, so that it is fetched again") from None
+
+
+class CachedPairs(Dataset):
+    """Pairs whose targets and prompts are encoded already: hint, moments and context of each, as tensors."""
+
+    def __init__(self, pairs: Pairs, folder: Path):
+        self.pairs = pairs
+        self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # [N, 8, H/8, W/8]
+        self.contexts = np.load(folder / "contexts.npy", mmap_mode="r")  # [distinct prompts, 77, D], "" first
+        distinct = distinct_prompts(pairs.prompts)
+        self.context_index = [distinct[prompt] for prompt in pairs.prompts]
+        self.empty_context = torch.from_numpy(self.contexts[0].copy())
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {
+            "hint": self.pairs.hint(index),
+            "moments": torch.from_numpy(self.moments[index].copy()),
+            "context": torch.from_numpy(self.contexts[self.context_index[index]].copy()),
+        }
+
+
+def distinct_prompts(prompts: list[str]) -> dict[str, int]:
+    return {prompt: i for i, prompt in enumerate(dict.fromkeys(["", *prompts]))}
+
+
+@torch.no_grad()
+def cache_latents(sd, pairs: Pairs, folder: Path, key: dict, batch_size: int = 16) -> CachedPairs:
+    """Encode all targets and prompts once, since a locked encoder gives the same at each step.
+
+    Keeps the latent distributions (moments), not samples of them, in half precision; a step then samples afresh, as
+    the released code does. `folder` is used again when its `key`, which names base and data, is the same.
+    """
+    stamp = folder / "key.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == key:
+        return CachedPairs(pairs, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+
+    def encode(name: str, encoder, items: list, label: str) -> None:
+        rows = None
+        for first in tqdm(range(0, len(items), batch_size), desc=label):
+            encoded = encoder(items[first : first + batch_size]).half().cpu().numpy()
+            if rows is None:
+                shape = (len(items), *encoded.shape[1:])
+                rows = np.lib.format.open_memmap(folder / name, "w+", np.float16, shape)
+            rows[first : first + len(encoded)] = encoded
+        rows.flush()
+
+    def moments(indices: list[int]) -> torch.Tensor:
+        return sd.vae.encode(torch.stack([pairs.image(i) for i in indices]).to(sd.device))
+
+    encode("contexts.npy", sd.encode_prompts, list(distinct_prompts(pairs.prompts)), "encoding prompts")
+    encode("moments.npy", moments, list(range(len(pairs))), "encoding images")
+    stamp.write_text(json.dumps(key))  # last: a cache without it is begun again
+    return CachedPairs(pairs, folder)
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Draw pairs like fill50k's into a folder of its layout.")
+    parser.add_argument("--count", type=int, default=100, help="pairs (default: 100)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for prompt.json, source/ and target/")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if (args.output / "prompt.json").exists():
+        raise UserError(f"{args.output} holds pairs already: choose another --output")
+    for part in ("source", "target"):
+        (args.output / part).mkdir(parents=True, exist_ok=True)
+    with open(args.output / "prompt.json", "w", encoding="utf-8") as listing:
+        for i in tqdm(range(args.count), desc="drawing"):
+            hint, target, prompt = draw_fill50k(i, args.size, args.seed)
+            hint.save(args.output / f"source/{i}.png")
+            target.save(args.output / f"target/{i}.png")
+            entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+            listing.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

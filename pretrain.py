@@ -20,10 +20,10 @@ from tqdm import tqdm
 from clip_text import CLIPTextModel, Tokenizer, byte_symbols, split_words
 from data import COLOURS, draw_scene
 from diffusion import NoiseSchedule, ddim, denoising_loss, guided_noise
-from errors import ArgumentParser, run
+from errors import ArgumentParser, UserError, run
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
 from train import load_optimizer_tensors, optimizer_tensors
-from unet import ResBlock, UNet
+from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
 from weights import official_state_dict, read_tensors, save_tensors, write_atomically
 
@@ -63,7 +63,7 @@ def learn_merges(folder: Path) -> None:
                 pairs[pair] += counts[word]
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
-        for word, parts in words.items():
+        for parts in words.values():
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
@@ -199,3 +199,156 @@ def train_vae(folder: Path) -> None:
         save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
     fit("vae", folder, vae, [{"params": vae.parameters(), "lr": 1e-3}], loss_fn, show)
+
+
+def load_trained(folder: Path, stage: str, module: nn.Module, inside: str = "") -> None:
+    """Fill `module` with an earlier stage's averaged weights, those under the name `inside`."""
+    path, prefix = folder / f"{stage}.safetensors", f"average.module.{inside}"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `python pretrain.py {stage}` first")
+    tensors, _ = read_tensors(path)
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# text
+
+
+class Pair(nn.Module):
+    """The text encoder with what it is trained against, as CLIP is: a picture encoder, into one common space."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 128)
+        self.text = CLIPTextModel(TINY.text)
+        self.text_proj = nn.Linear(TINY.text.width, 64, bias=False)
+        self.picture = nn.Sequential(  # [B, 3, 32, 32] -> [B, 64]
+            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GELU()) for a, b in zip(widths, widths[1:])),
+            nn.Flatten(),
+            nn.Linear(16 * widths[-1], 64),
+        )
+        self.log_scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), CLIP's start
+
+    def forward(self, ids: Tensor, pictures: Tensor) -> Tensor:
+        """Similarities [B, B] of B captions (rows) with B pictures."""
+        ends = (ids == ids[0, -1]).int().argmax(dim=1)  # the first end token has seen the whole caption
+        texts = self.text_proj(self.text(ids)[torch.arange(len(ids)), ends])
+        similarity = F.normalize(texts, dim=1) @ F.normalize(self.picture(pictures), dim=1).T
+        return self.log_scale.exp().clamp(max=100) * similarity
+
+
+def train_text(folder: Path) -> None:
+    torch.manual_seed(SEED)
+    tokenizer, pair = Tokenizer.from_merges(folder / "merges.txt"), Pair()
+
+    def similarities(model, stream, first, count):
+        images, captions = draw_batch(stream, range(first, first + count), 32)
+        return model(tokenizer(captions), images)
+
+    def loss_fn(step, generator):
+        logits = similarities(pair, TRAIN, 128 * step, 128)
+        labels = torch.arange(len(logits))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2, {}
+
+    @torch.no_grad()
+    def show(average, step):
+        logits = similarities(average, UNSEEN, 0, 128)
+        right = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean()
+        tqdm.write(f"text step {step}: {right:.0%} of captions find theirs among {len(logits)} unseen pictures")
+
+    fit("text", folder, pair, [{"params": pair.parameters(), "lr": 1e-3}], loss_fn, show)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# unet
+
+
+@torch.no_grad()
+def encode_scenes(folder: Path, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+    """Moments [N, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
+    path = folder / "latents.safetensors"
+    if not path.exists():
+        moments, captions = [], []
+        for first in tqdm(range(0, LATENTS, 32), desc="encode"):
+            images, texts = draw_batch(TRAIN, range(first, first + 32), TINY.resolution)
+            with torch.autocast("cpu", torch.bfloat16):
+                moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).float())
+            captions += texts
+        save_tensors({"moments": torch.cat(moments)}, path, {"captions": json.dumps(captions)})
+    tensors, metadata = read_tensors(path)
+    return tensors["moments"], json.loads(metadata["captions"])
+
+
+def train_unet(folder: Path) -> None:
+    torch.manual_seed(SEED)
+    sd = StableDiffusion(Tokenizer.from_merges(folder / "merges.txt"), TINY.text, TINY.vae, TINY.unet, 1.0)
+    sd.to(memory_format=torch.channels_last)
+    load_trained(folder, "vae", sd.vae)
+    load_trained(folder, "text", sd.text_encoder, "text.")
+    sd.vae.requires_grad_(False)
+    moments, captions = encode_scenes(folder, sd.vae)
+    sd.latent_scale = round(1 / sd.sample_latents(moments[:1000], torch.Generator().manual_seed(SEED)).std().item(), 5)
+    ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
+    print(f"latent scale {sd.latent_scale}")
+    _, unseen = draw_batch(UNSEEN, range(16), 8)
+
+    def loss_fn(step, generator):
+        chosen = torch.randint(len(moments), (32,), generator=generator)
+        prompts = ids[chosen]
+        prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
+        z0 = sd.sample_latents(moments[chosen], generator).contiguous(memory_format=torch.channels_last)
+        eps = torch.randn(z0.shape, generator=generator)
+        t = torch.randint(schedule.steps, (len(z0),), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            context = sd.text_encoder(prompts)
+            return denoising_loss(lambda z, t: sd.unet(z, t, context), z0, eps, t, schedule), {}
+
+    @torch.no_grad()
+    def show(average, step):
+        contexts = [average["text"](sd.tokenizer(texts)) for texts in (unseen, [""] * len(unseen))]
+
+        def eps_fn(z, t):
+            with torch.autocast("cpu", torch.bfloat16):
+                cond, uncond = (average["unet"](z, t, context).float() for context in contexts)
+            return guided_noise(uncond, cond, TINY.guidance_scale)
+
+        z_T = torch.randn(len(unseen), 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
+        images = sd.decode_latents(ddim(eps_fn, z_T, schedule, 20))
+        save_grid(folder / "unet.png", images[:8], images[8:])
+        (folder / "unet.txt").write_text("\n".join(unseen) + "\n")
+
+    both = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
+    groups = [
+        {"params": sd.unet.parameters(), "lr": 1e-3},
+        {"params": sd.text_encoder.parameters(), "lr": 3e-4},  # CLIP stays locked in SD; this one was made in seconds
+    ]
+    average = fit("unet", folder, both, groups, loss_fn, show)
+    sd.unet, sd.text_encoder = average["unet"], average["text"]
+    pack(sd, folder)
+
+
+def pack(sd: StableDiffusion, folder: Path) -> None:
+    """Write the miniature as it ships: half precision, official names, the sizes in the metadata."""
+    tensors = {k: v.half() for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
+    save_tensors(tensors, TINY_FILE, config_metadata(sd))
+    merges = (folder / "merges.txt").read_bytes()
+    write_atomically(TINY_FILE.parent / "merges.txt", lambda path: path.write_bytes(merges))
+    print(f"wrote {TINY_FILE}, {TINY_FILE.stat().st_size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    stages = {"merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet}
+    parser = ArgumentParser(description="Make the miniature Stable Diffusion from nothing.")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; all of them by default")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
+    args = parser.parse_args()
+    for stage in args.stages:
+        if stage not in stages:
+            raise UserError(f"no stage {stage!r}: choose from {', '.join(stages)}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages or stages:
+        stages[stage](args.output_dir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_text import MAX_LENGTH, CLIPTextConfig, CLIPTextModel, Tokenizer
+from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from errors import UserError
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
@@ -82,7 +82,9 @@ TINY = Preset(
 class StableDiffusion(nn.Module):
     """`text_encoder`, `vae` and `unet` with their `tokenizer`, and the scale between the last two."""
 
-    def __init__(self, tokenizer: Tokenizer, text: CLIPTextConfig, vae: VAEConfig, unet: UNetConfig, latent_scale: float):
+    def __init__(
+        self, tokenizer: Tokenizer, text: CLIPTextConfig, vae: VAEConfig, unet: UNetConfig, latent_scale: float
+    ):
         super().__init__()
         self.tokenizer = tokenizer
         self.text_encoder = CLIPTextModel(text)
@@ -111,7 +113,7 @@ class StableDiffusion(nn.Module):
         del tensors  # each part maps the file anew, so that a converted part's pages are given back
         for part in (sd.unet, sd.vae, sd.text_encoder):
             load_official(part, read_tensors(path)[0], str(path))
-        return sd.requires_grad_(False).eval()
+        return sd.eval()
 
     @property
     def preset(self) -> Preset:
@@ -156,8 +158,10 @@ def read_configs(tensors: dict[str, Tensor], metadata: dict[str, str], path: Pat
     if "config" in metadata:
         try:
             configs = json.loads(metadata["config"])
-            frozen = {key: {k: tuple(v) if isinstance(v, list) else v for k, v in configs[key].items()} for key in classes}
-            parts = {key: classes[key](**frozen[key]) for key in classes}
+            parts = {}
+            for part, config in classes.items():
+                sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in configs[part].items()}
+                parts[part] = config(**sizes)
             return parts | {"latent_scale": float(configs["latent_scale"])}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: the config in its metadata is broken ({error}): fetch it again") from None

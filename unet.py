@@ -334,9 +334,9 @@ def main() -> None:
     count = Counter(type(module) for module in unet.modules())
     resamplers = count[DownBlock] + count[Upsample]
     print(f"""\
-The paper counts (Sec. 3.2)   {len(rows)} blocks: 17 main blocks, 8 for resampling; each main block 4 ResNet layers and 2 ViTs
-The code has                  {len(rows)} blocks: {count[ResBlock]} ResBlocks, {count[SpatialTransformer]} transformers, \
-{resamplers} resamplers ({count[DownBlock]} down, {count[Upsample]} up)
+The paper counts (Sec. 3.2): 25 blocks, 17 of them main blocks with 4 ResNet layers and 2 ViTs each, 8 for resampling.
+This model has: {len(rows)} blocks, {count[ResBlock]} ResBlocks, {count[SpatialTransformer]} transformers, \
+{resamplers} resamplers ({count[DownBlock]} down, {count[Upsample]} up).
 
 The two do not agree. "4 ResNet layers and 2 ViTs" fits no single block; it fits one encoder level, if each of a
 ResBlock's two convolutions counts as a layer: 2 x (ResBlock + transformer) = 4 convolutions and 2 transformers.

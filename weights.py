@@ -246,7 +246,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is no safetensors file, or a damaged one ({error}): fetch it again") from None
     if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
@@ -284,9 +284,8 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     prefix = PREFIXES[ControlNet]
     diffusers = any(name.startswith("controlnet_cond_embedding.") for name in tensors)
     lite = metadata.get("copy") == "lite"
-    if not diffusers and not lite and not any(name.startswith(prefix) for name in tensors):
-        if "input_hint_block.0.weight" in tensors:
-            tensors = {prefix + name: value for name, value in tensors.items()}
+    if "input_hint_block.0.weight" in tensors:  # official names without their prefix
+        tensors = {prefix + name: value for name, value in tensors.items()}
 
     rules = DIFFUSERS if diffusers else RULES[ControlNet]
     hint_names = [name if lite else translate(name, rules) for name in HINT_WIDTHS]

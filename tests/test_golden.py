@@ -8,9 +8,9 @@ import torch
 from standin import GOLDEN, build, deviation, golden, stand_in
 
 from clip_text import Tokenizer
-from controlnet import control_weights
+from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from weights import load_official
+from weights import official_layout
 
 # Another memory format or thread count was measured to move small results by 2e-6; a wrong key, head count, padding
 # or activation shows at 1e-2. Full size sums over ten times as many terms.
@@ -105,9 +105,6 @@ def test_gradient_flow():
         for i in (1, 2)
         for name in ("in_layers.2.bias", "emb_layers.1.weight", "emb_layers.1.bias")
     }
-    from controlnet import ControlNet
-    from weights import official_layout
-
     unet = build("small", "unet")
     controlnet = ControlNet.from_unet(unet)
     hint_tensors = {k: v for k, v in stand_in("small", "control").items() if "input_hint_block" in k}

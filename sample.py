@@ -1,0 +1,203 @@
+"""Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from tqdm import tqdm
+
+from clip_text import MAX_LENGTH
+from controlnet import ControlNet, add_residuals, control_weights
+from data import read_image
+from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
+from errors import ArgumentParser, UserError, run
+from stable_diffusion import StableDiffusion
+from weights import load_controlnet, locate, write_atomically
+
+CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
+
+
+@torch.no_grad()
+def generate(
+    sd: StableDiffusion,
+    controlnets: list[ControlNet],
+    hints: list[Tensor],
+    prompts: list[str],
+    *,
+    negative_prompt: str = "",
+    steps: int = 20,
+    guidance_scale: float = 9.0,
+    strengths: list[float] | None = None,
+    mode: str = "uniform",
+    eta: float = 0.0,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
+
+    `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is
+    (H, W). Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of
+    several ControlNets are added, each times its strength and control_weights(mode). In mode "uniform" both sides
+    of guidance see the hint; in the others only the conditional side does, and no ControlNet runs for the other.
+    """
+    device = sd.device
+    strengths = strengths or [1.0] * len(controlnets)
+    height, width = hints[0].shape[2:] if hints else size
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
+    latent_shape = (sd.unet.config.in_channels, height // 8, width // 8)
+    z_T = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(device)
+
+    guided = guidance_scale != 1.0  # at 1 the unconditional side cancels out
+    context = sd.encode_prompts(prompts)
+    if guided:  # one batch: the unconditional half first
+        context = torch.cat([sd.encode_prompts([negative_prompt]).expand_as(context), context])
+    skipped = len(prompts) if guided and mode != "uniform" else 0  # rows whose side does not see the hint
+    weights = [control_weights(mode, strength) for strength in strengths]
+    hints = [hint.to(device).repeat(2 if guided and not skipped else 1, 1, 1, 1) for hint in hints]
+
+    def control(z: Tensor, t: Tensor) -> list[Tensor] | None:
+        lists = []
+        for controlnet, hint, factors in zip(controlnets, hints, weights, strict=True):
+            residuals = controlnet(z[skipped:], hint, t[skipped:], context[skipped:])
+            lists.append([factor * residual for factor, residual in zip(factors, residuals)])
+        if not lists:
+            return None
+        return [torch.cat([r.new_zeros(skipped, *r.shape[1:]), r]) for r in add_residuals(*lists)]
+
+    bar = tqdm(total=steps, desc="sampling", disable=not progress)
+
+    def eps_fn(z: Tensor, t: Tensor) -> Tensor:
+        if guided:
+            z, t = z.repeat(2, 1, 1, 1), t.repeat(2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            eps = sd.unet(z, t, context, control(z, t)).float()
+        bar.update()
+        return guided_noise(*eps.chunk(2), guidance_scale) if guided else eps
+
+    noise = torch.Generator(device).manual_seed(seed)
+    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, noise)
+    bar.close()
+    return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """One image [3, H, W] in [-1, 1] as a Pillow picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a PNG; `settings` go into its text chunk "settings" as JSON."""
+    info = PngImagePlugin.PngInfo()
+    if settings:
+        info.add_text("settings", json.dumps(settings))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+
+
+def warn_if_cut(sd: StableDiffusion, prompt: str) -> None:
+    tokens = sd.tokenizer.encode(prompt)
+    if len(tokens) > MAX_LENGTH - 2:
+        kept = max(i for i in range(len(prompt) + 1) if len(sd.tokenizer.encode(prompt[:i])) <= MAX_LENGTH - 2)
+        print(f"warning: the prompt has {len(tokens)} tokens, 75 fit; cut: …{prompt[kept:]}", file=sys.stderr)
+
+
+def parse_arguments():
+    parser = ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
+    add = parser.add_argument
+    add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, or owner/repo:file")
+    add("--controlnet", action="append", default=[], help="a file, a diffusers folder, or owner/repo:file; repeatable")
+    add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
+    add("--strength", action="append", type=float, default=[], help="one for all, or one for each (default: 1)")
+    add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")
+    add("--negative-prompt", default="", help="what to stay away from")
+    add("--num-samples", type=int, default=1)
+    add("--steps", type=int, help="DDIM steps (default: tiny 10, sd15 20)")
+    add("--guidance-scale", type=float, help="β of classifier-free guidance (default: tiny 3, sd15 9)")
+    add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
+    add("--resolution", type=int, help="shorter side in pixels, a multiple of 64 (default: tiny 128, sd15 512)")
+    add("--seed", type=int, default=0, help="sample i starts from seed + i")
+    add("--output", type=Path, default=Path("out.png"), help="the row of hint and samples; samples go to out-0.png, …")
+    args = parser.parse_args()
+    if len(args.hint) != len(args.controlnet):
+        raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")
+    if len(args.strength) not in (0, 1, len(args.controlnet)):
+        raise UserError(
+            f"{len(args.strength)} --strength, {len(args.controlnet)} --controlnet: give one, or one for each"
+        )
+    if args.num_samples < 1:
+        raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
+    if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
+        raise UserError(f"--resolution {args.resolution}: must be a multiple of 64")
+    if args.steps is not None:
+        try:
+            ddim_timesteps(NoiseSchedule(), args.steps)
+        except ValueError as error:
+            raise UserError(f"--steps: {error}") from None
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    resolution = args.resolution or 512  # for a first look at the hints, before a base is loaded
+    for path in args.hint:
+        read_image(path, resolution)
+    advice = "pass a local file with --controlnet FILE"
+    paths = [locate(source, advice) for source in args.controlnet]
+
+    sd = StableDiffusion.load(args.base)
+    controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in (sd, *controlnets):
+        module.to(device)
+    resolution = args.resolution or sd.preset.resolution
+    hints = [read_image(path, resolution, square=False) for path in args.hint]
+    sizes = {tuple(hint.shape[1:]) for hint in hints}
+    if len(sizes) > 1:
+        raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
+    warn_if_cut(sd, args.prompt)
+
+    settings = {
+        "base": args.base,
+        "controlnet": args.controlnet,
+        "hint": [str(path) for path in args.hint],
+        "strength": (args.strength * len(paths))[: len(paths)] or [1.0] * len(paths),
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "steps": args.steps or sd.preset.sampling_steps,
+        "guidance_scale": sd.preset.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "control_mode": args.control_mode,
+        "resolution": resolution,
+    }
+    images = generate(
+        sd,
+        controlnets,
+        [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
+        [args.prompt] * args.num_samples,
+        negative_prompt=args.negative_prompt,
+        steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        strengths=settings["strength"],
+        mode=args.control_mode,
+        seed=args.seed,
+        size=(resolution, resolution),
+        progress=True,
+    )
+    samples = [to_picture(image) for image in images]
+    for i, sample in enumerate(samples):
+        path = args.output.with_name(f"{args.output.stem}-{i}.png")
+        save_picture(sample, path, settings | {"seed": args.seed + i, "num_samples": 1})
+    row = side_by_side([*(to_picture(hint * 2 - 1) for hint in hints), *samples])
+    save_picture(row, args.output, settings | {"seed": args.seed, "num_samples": args.num_samples})
+    print(f"wrote {args.output} ({'hint, ' if hints else ''}{len(samples)} samples)")
+
+
+if __name__ == "__main__":
+    run(main)
