@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -252,7 +253,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
         raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version"

@@ -10,14 +10,14 @@ import numpy as np
 import recipe
 import torch
 
-from clip_text import CLIPTextConfig, CLIPTextModel
-from controlnet import ControlNet
+from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
 from stable_diffusion import SD15
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig
+from vae import VAEConfig
 from weights import load_official
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CONFIGS = {
     "small": (
@@ -27,7 +27,6 @@ CONFIGS = {
     ),
     "sd15": (SD15.unet, SD15.vae, SD15.text),
 }
-PARTS = {"unet": UNet, "control": ControlNet, "vae": AutoencoderKL, "clip": CLIPTextModel}
 
 
 def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:
@@ -36,23 +35,34 @@ def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(recipe.weight(name, shape)) for name, shape in shapes.items()}
 
 
-def build(size: str, part: str) -> torch.nn.Module:
-    """One part with its stand-in weights, through the loading path that real files take."""
-    unet, vae, text = CONFIGS[size]
+def small_unet() -> UNet:
     with torch.device("meta"):
-        module = {
-            "unet": lambda: UNet(unet),
-            "control": lambda: ControlNet.from_unet(UNet(unet)),
-            "vae": lambda: AutoencoderKL(vae),
-            "clip": lambda: CLIPTextModel(text),
-        }[part]()
-    load_official(module, stand_in(size, part))
-    return module.requires_grad_(False)
+        unet = UNet(CONFIGS["small"][0])
+    load_official(unet, stand_in("small", "unet"))
+    return unet.requires_grad_(False)
+
+
+def make_up_merges(path: Path, vocab_size: int) -> Tokenizer:
+    """Write a merges.txt that gives `vocab_size` tokens: pairs of single bytes, one after the other."""
+    symbols = list(byte_symbols().values())
+    pairs = [(a, b) for a in symbols for b in symbols][: vocab_size - 2 * len(symbols) - 2]
+    path.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8")
+    return Tokenizer.from_merges(path)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def golden_inputs(size: str) -> dict[str, torch.Tensor]:
+    """The golden arrays with all inputs: at full size hint and image are drawn, not stored."""
+    arrays = golden(size)
+    if size == "sd15":
+        hint = torch.from_numpy(recipe.draw("sd15hint", 2, 3, 128, 192))
+        arrays["hint"] = 1 / (1 + torch.exp(-hint))
+        arrays["image"] = torch.from_numpy(recipe.draw("sd15im", 1, 3, 64, 96)).tanh()
+    return arrays
 
 
 def deviation(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -5,58 +5,47 @@ import json
 import pytest
 import recipe
 import torch
-from standin import GOLDEN, build, deviation, golden, stand_in
+from standin import CONFIGS, GOLDEN, ROOT, deviation, golden, golden_inputs, small_unet, stand_in
 
 from clip_text import Tokenizer
 from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from weights import official_layout
+from stable_diffusion import StableDiffusion
+from weights import load_controlnet, official_layout
 
 # Another memory format or thread count was measured to move small results by 2e-6; a wrong key, head count, padding
 # or activation shows at 1e-2. Full size sums over ten times as many terms.
 TOLERANCE = {"small": 2e-5, "sd15": 1e-4}
-BPE_LIST = GOLDEN.parents[2] / "shared" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
+BPE_LIST = ROOT.parent / "shared" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
 
 sizes = pytest.mark.parametrize("size", ["small", pytest.param("sd15", marks=pytest.mark.slow)])
 
 
-def inputs(size: str) -> dict[str, torch.Tensor]:
-    """The golden arrays; at full size hint and image are drawn here and the context is not kept whole."""
-    arrays = golden(size)
-    if size == "sd15":
-        hint = torch.from_numpy(recipe.draw("sd15hint", 2, 3, 128, 192))
-        arrays["hint"] = 1 / (1 + torch.exp(-hint))
-        arrays["image"] = torch.from_numpy(recipe.draw("sd15im", 1, 3, 64, 96)).tanh()
-    return arrays
-
-
 @sizes
 @torch.no_grad()
-def test_networks(size):
-    arrays, tolerance = inputs(size), TOLERANCE[size]
-    every_channel, every_token = (5, 4) if size == "sd15" else (1, 1)
-    text = build(size, "clip")(arrays["tokens"])
+def test_networks(size, checkpoint, control_checkpoint):
+    """All parts, loaded as a user loads them, from single files with official names."""
+    arrays, tolerance = golden_inputs(size), TOLERANCE[size]
+    every_channel, every_token = (5, 4) if size == "sd15" else (1, 1)  # what the golden arrays keep
+    sd = StableDiffusion.load(checkpoint(size))
+    controlnet = load_controlnet(control_checkpoint(size), sd.unet)
+    assert (sd.unet.config, sd.vae.config, sd.text_encoder.config) == CONFIGS[size]
+
+    text = sd.text_encoder(arrays["tokens"])
     assert deviation(text[:, ::every_token], arrays["text"]) <= tolerance
 
     x, t = arrays["x"], arrays["t"]
-    residuals = build(size, "control")(x, arrays["hint"], t, text)
+    residuals = controlnet(x, arrays["hint"], t, text)
     assert len(residuals) == 13
     for i, residual in enumerate(residuals):
         assert deviation(residual[:, ::every_channel], arrays[f"residual_{i:02}"]) <= tolerance, i
-
-    unet = build(size, "unet")
-    assert deviation(unet(x, t, text), arrays["eps_uncontrolled"]) <= tolerance
-    assert deviation(unet(x, t, text, residuals), arrays["eps_controlled"]) <= tolerance
+    assert deviation(sd.unet(x, t, text), arrays["eps_uncontrolled"]) <= tolerance
+    assert deviation(sd.unet(x, t, text, residuals), arrays["eps_controlled"]) <= tolerance
     middle_only = [torch.zeros_like(residual) for residual in residuals[:-1]] + residuals[-1:]
-    assert deviation(unet(x, t, text, middle_only), arrays["eps_mid_only"]) <= tolerance
+    assert deviation(sd.unet(x, t, text, middle_only), arrays["eps_mid_only"]) <= tolerance
 
-
-@sizes
-@torch.no_grad()
-def test_vae(size):
-    arrays, vae = inputs(size), build(size, "vae")
-    assert deviation(vae.encode(arrays["image"]), arrays["vae_moments"]) <= TOLERANCE[size]
-    assert deviation(vae.decode(arrays["z"]), arrays["vae_decoded"]) <= TOLERANCE[size]
+    assert deviation(sd.vae.encode(arrays["image"]), arrays["vae_moments"]) <= tolerance
+    assert deviation(sd.vae.decode(arrays["z"]), arrays["vae_decoded"]) <= tolerance
 
 
 def test_schedule():
@@ -77,10 +66,11 @@ DDIM_CASES = {  # name: (steps, guidance scale, strength, mode)
 
 @pytest.mark.parametrize("case", DDIM_CASES)
 @torch.no_grad()
-def test_ddim(case):
+def test_ddim(case, control_checkpoint):
     steps, scale, strength, mode = DDIM_CASES[case]
     arrays, schedule = golden("ddim_small"), NoiseSchedule()
-    unet, controlnet = build("small", "unet"), build("small", "control")
+    unet = small_unet()
+    controlnet = load_controlnet(control_checkpoint("small"), unet)
     weights = control_weights(mode, strength)
 
     def eps_fn(z, t):
@@ -98,14 +88,14 @@ def test_ddim(case):
 
 def test_gradient_flow():
     """Four steps from zero convolutions: which tensors have a gradient, and how large it is."""
-    arrays, wanted = inputs("small"), json.loads((GOLDEN / "gradient_flow.json").read_text())
+    arrays, wanted = golden("small"), json.loads((GOLDEN / "gradient_flow.json").read_text())
     # One channel in each norm group here, so these gradients are zero but for rounding.
     rounding_only = {
         f"input_blocks.{i}.0.{name}"
         for i in (1, 2)
         for name in ("in_layers.2.bias", "emb_layers.1.weight", "emb_layers.1.bias")
     }
-    unet = build("small", "unet")
+    unet = small_unet()
     controlnet = ControlNet.from_unet(unet)
     hint_tensors = {k: v for k, v in stand_in("small", "control").items() if "input_hint_block" in k}
     names = {ours: theirs.removeprefix("control_model.") for ours, theirs in official_layout(controlnet).items()}

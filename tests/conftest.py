@@ -1,0 +1,66 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from standin import CONFIGS, make_up_merges, stand_in
+
+from stable_diffusion import StableDiffusion, config_metadata
+from weights import save_tensors
+
+FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
+    "betas": (1000,),
+    "alphas_cumprod": (1000,),
+    "sqrt_one_minus_alphas_cumprod": (1000,),
+    "model_ema.decay": (),
+    "model_ema.diffusion_modelinput_blocks00weight": (8,),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+}
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory):
+    """A folder for large files, gone when the tests are."""
+    folder = tmp_path_factory.mktemp("scratch")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(scratch):
+    """checkpoint("small" or "sd15") -> a stand-in Stable Diffusion as one float32 file, merges.txt beside it.
+
+    The full-size one has no metadata, like the real file: 1,130 tensors, the ignorable ones, 4.3 GB.
+    """
+
+    def make(size: str) -> Path:
+        import torch
+
+        path = scratch / size / "model.safetensors"
+        if not path.exists():
+            tensors, metadata = stand_in(size, "unet", "vae", "clip"), {}
+            unet, vae, text = CONFIGS[size]
+            path.parent.mkdir()
+            tokenizer = make_up_merges(path.parent / "merges.txt", text.vocab_size)
+            if size == "small":
+                with torch.device("meta"):
+                    metadata = config_metadata(StableDiffusion(tokenizer, text, vae, unet, 0.18215))
+            else:
+                assert len(tensors) == 1130
+                tensors |= {name: torch.zeros(shape) for name, shape in FULL_SIZE_EXTRAS.items()}
+            save_tensors(tensors, path, metadata)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def control_checkpoint(scratch):
+    """control_checkpoint("small" or "sd15") -> a stand-in ControlNet in the official layout."""
+
+    def make(size: str) -> Path:
+        path = scratch / f"control-{size}.safetensors"
+        if not path.exists():
+            save_tensors(stand_in(size, "control"), path)
+        return path
+
+    return make

@@ -1,0 +1,213 @@
+"""What the paper claims of zero convolutions, and the shape of the networks."""
+
+import pytest
+import torch
+from standin import golden, small_unet
+from torch import nn
+
+from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, encoder_channels, zero_conv
+from stable_diffusion import SD15, TINY
+from unet import ResBlock, SpatialTransformer, UNet, block_table
+from vae import AutoencoderKL
+
+
+def random_inputs(config, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    hint = torch.rand(2, 3, 64, 64, generator=generator)
+    context = torch.randn(2, 77, config.context_dim, generator=generator)
+    return x.to(dtype), hint.to(dtype), torch.tensor([3, 970]), context.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", [TINY, pytest.param(SD15, marks=pytest.mark.slow)], ids=["tiny", "sd15"])
+@torch.no_grad()
+def test_nothing_changes_at_step_zero(preset, dtype):
+    """Equation (3), bit for bit."""
+    torch.manual_seed(0)
+    unet = UNet(preset.unet).to(dtype)
+    controlnet = ControlNet.from_unet(unet, preset.hint_channels)
+    x, hint, t, context = random_inputs(preset.unet, dtype)
+    residuals = controlnet(x, hint, t, context)
+    assert torch.equal(unet(x, t, context, residuals), unet(x, t, context))
+    nn.init.normal_(controlnet.middle_zero_conv.weight, std=0.1)
+    assert not torch.equal(unet(x, t, context, controlnet(x, hint, t, context)), unet(x, t, context))
+
+
+def test_gradient_comes_in_three_waves():
+    """13 output zero convs; the copy and the hint encoder's last conv; the rest of the hint encoder."""
+    torch.manual_seed(0)
+    unet = small_unet()
+    controlnet = ControlNet.from_unet(unet)
+    arrays = golden("small")
+    optimizer = torch.optim.SGD(controlnet.parameters(), lr=0.1)
+    waves = []
+    for _ in range(3):
+        residuals = controlnet(arrays["x"], arrays["hint"], arrays["t"], arrays["text"])
+        (unet(arrays["x"], arrays["t"], arrays["text"], residuals) - 1).square().mean().backward()
+        waves.append({name for name, p in controlnet.named_parameters() if p.grad.count_nonzero()})
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {name for name, _ in controlnet.named_parameters()}
+    outputs = {name for name in names if name.startswith(("zero_convs.", "middle_zero_conv."))}
+    early_hint = {name for name in names if name.startswith("hint_encoder.") and ".14." not in name}
+    assert waves == [outputs, names - early_hint, names]
+    assert [len(wave) for wave in waves] == [26, 326, 340]
+    assert all(p.grad is None for p in unet.parameters())
+
+
+def train_scalar(layers: int, steps: int = 50) -> list[tuple[float, float]]:
+    """y = w_n(…(w_1 x + b_1)…) + b_n from w = b = 0 towards y = 2x + 1; returns the trained (w, b)."""
+    weights = [(torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)) for _ in range(layers)]
+    optimizer = torch.optim.SGD([p for pair in weights for p in pair], lr=0.1)
+    x = torch.linspace(-1, 1, 9)
+    for _ in range(steps):
+        y = x
+        for w, b in weights:
+            y = w * y + b
+        optimizer.zero_grad()
+        (y - (2 * x + 1)).square().mean().backward()
+        optimizer.step()
+    return [(w.item(), b.item()) for w, b in weights]
+
+
+def test_one_zero_layer_learns():
+    """y = wx + b with w = b = 0: dy/dw = x and dy/db = 1 are not zero, only dy/dx = w is."""
+    x = torch.tensor(3.0, requires_grad=True)
+    w, b = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+    (w * x + b).backward()
+    assert (w.grad.item(), b.grad.item(), x.grad.item()) == (3.0, 1.0, 0.0)
+    ((w, b),) = train_scalar(layers=1, steps=200)
+    assert (w, b) == (pytest.approx(2, abs=1e-3), pytest.approx(1, abs=1e-3))
+
+
+def test_two_zero_layers_in_series_stay_dead():
+    """Each waits for the other: only the last bias, which needs neither, ever moves."""
+    (w1, b1), (w2, b2) = train_scalar(layers=2)
+    assert (w1, b1, w2) == (0.0, 0.0, 0.0)
+    assert b2 != 0
+
+
+def test_norm_epsilons():
+    """The golden numbers are too coarse to see these."""
+    unet, vae = UNet(TINY.unet), AutoencoderKL(TINY.vae)
+    for module in [*unet.modules(), *ControlNet.from_unet(unet, TINY.hint_channels).modules()]:
+        if isinstance(module, ResBlock):
+            assert (module.norm1.eps, module.norm2.eps) == (1e-5, 1e-5)
+        elif isinstance(module, SpatialTransformer):
+            assert module.norm.eps == 1e-6
+        elif isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-5
+    assert unet.norm_out.eps == 1e-5
+    assert {module.eps for module in vae.modules() if isinstance(module, nn.GroupNorm)} == {1e-6}
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        unet = UNet(SD15.unet)
+        controlnet = ControlNet.from_unet(unet)
+        vae = AutoencoderKL(SD15.vae)
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    assert count(unet) == 859_520_964
+    assert count(vae) == 83_653_863
+    assert count(controlnet) == 361_279_120
+    assert count(controlnet.encoder, controlnet.middle, controlnet.time_embed) == 348_712_960
+    assert count(controlnet.zero_convs, controlnet.middle_zero_conv) == 11_479_680
+    assert count(controlnet.hint_encoder) == 1_086_480
+
+
+def test_block_table():
+    with torch.device("meta"):
+        rows = block_table(UNet(SD15.unet))
+    assert len(rows) == 25
+    channels = [row[2] for row in rows]
+    assert channels[:12] == [320] * 4 + [640] * 3 + [1280] * 5 == encoder_channels(SD15.unet)
+    assert channels[12:] == [1280] * 7 + [640] * 3 + [320] * 3
+    assert [row[3] for row in rows] == [64] * 3 + [32] * 3 + [16] * 3 + [8] * 6 + [16] * 3 + [32] * 3 + [64] * 4
+    assert sum(row[1].count("ResBlock") for row in rows) == 22
+    assert sum(row[1].count("transformer") for row in rows) == 16
+    assert sum("sample" in row[1] for row in rows) == 6
+
+
+def test_ablations():
+    unet = UNet(TINY.unet)
+    x, hint, t, context = random_inputs(TINY.unet)
+    full = ControlNet.from_unet(unet, TINY.hint_channels)(x, hint, t, context)
+    gaussian = ControlNet.from_unet(unet, TINY.hint_channels, connection="gaussian")
+    lite = ControlNet.from_unet(unet, TINY.hint_channels, copy="lite")
+    assert all(residual.count_nonzero() == 0 for residual in full + lite(x, hint, t, context))
+    assert all(residual.count_nonzero() > 0 for residual in gaussian(x, hint, t, context))
+    for conv in (*gaussian.zero_convs, gaussian.middle_zero_conv, gaussian.hint_encoder[-1]):
+        assert conv.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert conv.bias.count_nonzero() == 0
+    assert [r.shape for r in lite(x, hint, t, context)] == [r.shape for r in full]
+    convs = [module for module in [*lite.encoder.modules(), *lite.middle.modules()] if isinstance(module, nn.Conv2d)]
+    assert len(convs) == 13
+    assert {conv.kernel_size for conv in convs} == {(3, 3)}
+    assert [i for i, conv in enumerate(convs) if conv.stride == (2, 2)] == [3, 6, 9]
+    for wrong in ({"connection": "one"}, {"copy": "half"}, {"hint_init": "she"}):
+        with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+            ControlNet.from_unet(unet, **wrong)
+
+
+def test_he_init_keeps_the_hint_alive():
+    """The released init shrinks the hint's variation on its way; He's does not."""
+    hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    spread = {}
+    for init in ("default", "he"):
+        torch.manual_seed(0)
+        encoder = HintEncoder(32, TINY.hint_channels, init)
+        before_zero_conv = nn.Sequential(*list(encoder)[:-1])
+        spread[init] = before_zero_conv(hint).std(dim=(2, 3)).mean().item()
+    assert spread["he"] > 10 * spread["default"]
+
+
+def test_zero_conv():
+    conv = zero_conv(5)
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (5, 5, (1, 1))
+    assert conv.weight.count_nonzero() == conv.bias.count_nonzero() == 0
+
+
+def test_copy_is_a_copy():
+    unet = small_unet()
+    controlnet = ControlNet.from_unet(unet)
+    assert all(p.requires_grad for p in controlnet.parameters())
+    before = unet.encoder[1].resnet.conv1.weight.clone()
+    with torch.no_grad():
+        controlnet.encoder[1].resnet.conv1.weight.add_(1)
+    assert torch.equal(unet.encoder[1].resnet.conv1.weight, before)
+
+
+def test_control_weights():
+    assert control_weights("uniform", 0.5) == [0.5] * 13
+    assert control_weights("conditional") == [1.0] * 13
+    assert control_weights("guess")[0] == pytest.approx(0.825**12)
+    assert control_weights("guess", 2.0)[12] == 2.0
+    assert control_weights("resolution") == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8]
+    sides = [row[3] for row in block_table(UNet(TINY.unet))[:13]]
+    assert control_weights("resolution") == [sides[0] / side for side in sides]
+    with pytest.raises(ValueError, match="'strong'"):
+        control_weights("strong")
+
+
+def test_add_residuals():
+    lists = [[torch.full((1,), float(10 * i + j)) for j in range(13)] for i in range(3)]
+    assert [r.item() for r in add_residuals(*lists)] == [30.0 + 3 * j for j in range(13)]
+    assert torch.equal(add_residuals(lists[0])[4], lists[0][4])
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    unet = UNet(TINY.unet).requires_grad_(False)
+    controlnet = ControlNet.from_unet(unet, TINY.hint_channels, connection="gaussian")
+    x, hint, t, context = random_inputs(TINY.unet)
+    gradients = []
+    for checkpointing in (False, True):
+        unet.checkpointing = controlnet.checkpointing = checkpointing
+        controlnet.zero_grad()
+        unet(x, t, context, controlnet(x, hint, t, context)).square().mean().backward()
+        gradients.append([p.grad.clone() for p in controlnet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

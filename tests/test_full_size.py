@@ -1,0 +1,74 @@
+"""A full-size stand-in checkpoint, 4.3 GB like the real one, through StableDiffusion.load. Minutes, so marked slow."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from standin import ROOT, deviation, golden_inputs
+
+from stable_diffusion import SD15, StableDiffusion
+from weights import official_layout, read_tensors, save_tensors
+
+pytestmark = pytest.mark.slow
+
+PARAMETERS = 1_066_235_307  # of UNet, VAE and text encoder
+
+FIRST_FORWARD = """
+import sys, torch
+from stable_diffusion import StableDiffusion
+sd = StableDiffusion.load(sys.argv[1])
+with torch.no_grad():
+    context = sd.text_encoder(torch.full((1, 77), 7))
+    z = sd.encode_images(torch.zeros(1, 3, 64, 64))
+    sd.decode_latents(sd.unet(z, torch.tensor([5]), context))
+assert sum(p.numel() for p in sd.parameters()) == int(sys.argv[2])
+assert {p.dtype for p in sd.parameters()} == {torch.float32}
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.fixture(scope="module")
+def half_checkpoint(checkpoint, scratch):
+    full = checkpoint("sd15")
+    path = scratch / "half" / "model.safetensors"
+    path.parent.mkdir()
+    (path.parent / "merges.txt").write_bytes((full.parent / "merges.txt").read_bytes())
+    save_tensors({name: tensor.half() for name, tensor in read_tensors(full)[0].items()}, path)
+    yield path
+    path.unlink()
+
+
+def peak_memory(path) -> float:
+    """Bytes at the peak of a fresh process that loads `path` and runs every part once."""
+    command = [sys.executable, "-c", FIRST_FORWARD, path, str(PARAMETERS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return int(done.stdout) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_of_the_float32_file(checkpoint):
+    """The file is mapped, not copied: little more than the model itself."""
+    assert peak_memory(checkpoint("sd15")) <= 1.3 * 4 * PARAMETERS
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory_of_the_float16_file(half_checkpoint):
+    """Converted part by part, never all of both at once."""
+    assert peak_memory(half_checkpoint) <= 1.6 * 4 * PARAMETERS
+
+
+@torch.no_grad()
+def test_float16_file(checkpoint, half_checkpoint):
+    """Every parameter is the float32 one rounded; the output moves by what that rounding does."""
+    full, half = StableDiffusion.load(checkpoint("sd15")), StableDiffusion.load(half_checkpoint)
+    assert half.unet.config == SD15.unet
+    for a, b in ((full.unet, half.unet), (full.vae, half.vae), (full.text_encoder, half.text_encoder)):
+        assert len(official_layout(a)) == len(list(b.parameters()))
+        assert all(torch.equal(p.half().float(), q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    arrays = golden_inputs("sd15")
+    text = half.text_encoder(arrays["tokens"])
+    # Rounding moves each weight by up to 2^-11 = 5e-4 of itself, at random, through some hundred layers.
+    assert deviation(text[:, ::4], arrays["text"]) <= 5e-3
+    assert deviation(half.unet(arrays["x"], arrays["t"], text), arrays["eps_uncontrolled"]) <= 5e-3
+    assert deviation(half.vae.decode(arrays["z"]), arrays["vae_decoded"]) <= 5e-3
