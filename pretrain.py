@@ -30,7 +30,7 @@ from weights import official_state_dict, read_tensors, save_tensors, write_atomi
 SHAPES = ("circle", "square", "triangle")
 SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
-STEPS = {"vae": 4000, "text": 400, "unet": 8000}
+STEPS = {"vae": 4000, "text": 400, "unet": 6000}
 CHECKPOINT_EVERY = 200
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 LATENTS = 12_000  # scenes that the UNet is trained on

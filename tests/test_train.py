@@ -1,0 +1,177 @@
+"""The real command line on the miniature: the files it leaves, and that a resumed run equals an uninterrupted one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from standin import ROOT
+
+import train
+from controlnet import ControlNet
+from errors import UserError
+from stable_diffusion import StableDiffusion
+from train import index_batches, load_optimizer_tensors, optimizer_tensors
+from weights import load_controlnet, read_tensors
+
+SAMPLE = ROOT / "tests" / "fill50k"
+QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
+
+
+def run(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def read_log(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *QUICK, "--output-dir", tmp_path / "whole", "--max-train-steps", "5")
+    run(monkeypatch, *QUICK, "--output-dir", tmp_path / "parts", "--max-train-steps", "3")
+    resume = ["--output-dir", tmp_path / "parts", "--max-train-steps", "5", "--resume-from-checkpoint", "latest"]
+    run(monkeypatch, *QUICK, *resume)
+    whole, parts = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and len(whole) == 340
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+    assert [entry["step"] for entry in read_log(tmp_path / "whole")] == [0, 1, 2, 3, 4]
+    assert "resuming from" in capsys.readouterr().out
+
+    # What a run leaves.
+    folder = tmp_path / "whole"
+    assert {path.name for path in folder.iterdir()} == {
+        "cache", "checkpoints", "config.json", "controlnet.safetensors", "log.jsonl", "previews",
+    }  # fmt: skip
+    assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 50)
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-4
+    metadata = read_tensors(folder / "controlnet.safetensors")[1]
+    assert (metadata["base"], metadata["steps"]) == ("tiny", "5")
+    sd = StableDiffusion.load("tiny")
+    controlnet = load_controlnet(folder / "controlnet.safetensors", sd.unet)
+    assert controlnet.middle_zero_conv.weight.count_nonzero() > 0
+
+    # The base was not touched, and a changed option is refused by name.
+    changed = ["--learning-rate", "0.1", *resume]
+    with pytest.raises(UserError, match="--learning-rate 0.0005"):
+        run(monkeypatch, *QUICK, *changed)
+    with pytest.raises(UserError, match="holds a run already"):
+        run(monkeypatch, *QUICK, "--output-dir", folder)
+
+
+def test_interrupt_saves_and_goes_on(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *QUICK, "--output-dir", tmp_path / "run", "--max-train-steps", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "--resume-from-checkpoint latest" in output
+    steps = len(read_log(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()
+    assert (tmp_path / "run" / "controlnet.safetensors").exists()
+
+
+def test_accumulation_counts_optimizer_steps(tmp_path, monkeypatch):
+    batches, forward = [], ControlNet.forward
+
+    def spy(self, x, *others):
+        batches.append(len(x))
+        return forward(self, x, *others)
+
+    monkeypatch.setattr(ControlNet, "forward", spy)
+    options = ["--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2", "--train-batch-size", "2"]
+    run(monkeypatch, *options, "--gradient-accumulation-steps", "3", "--output-dir", tmp_path)
+    assert batches == [2] * 6
+    assert [entry["step"] for entry in read_log(tmp_path)] == [0, 1]
+
+
+def test_ablations_and_checkpoint_limit(tmp_path, monkeypatch):
+    options = ["--connection", "gaussian", "--copy", "lite", "--mixed-precision", "bf16", "--gradient-checkpointing"]
+    options += ["--checkpointing-steps", "1", "--checkpoints-total-limit", "2", "--max-train-steps", "3"]
+    run(monkeypatch, *QUICK, *options, "--output-dir", tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    tensors, metadata = read_tensors(tmp_path / "controlnet.safetensors")
+    assert metadata["copy"] == "lite"
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_half_of_the_prompts_are_empty(tmp_path, monkeypatch):
+    contexts, forward = [], ControlNet.forward
+
+    def spy(self, x, hint, t, context):
+        contexts.append(context)
+        return forward(self, x, hint, t, context)
+
+    monkeypatch.setattr(ControlNet, "forward", spy)
+    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "8", "--validation-steps", "100"]
+    run(monkeypatch, *options, "--max-train-steps", "10", "--output-dir", tmp_path)
+    empty = StableDiffusion.load("tiny").encode_prompts([""])[0].half().float()
+    rows = torch.cat(contexts)
+    share = sum(torch.equal(row, empty) for row in rows) / len(rows)
+    assert 0.3 < share < 0.7  # 80 draws of one half: within four standard deviations
+
+
+def test_every_pair_once_an_epoch():
+    batches = index_batches(count=10, batch_size=4, seed=1, first=0)
+    stream = [i for _ in range(5) for i in next(batches)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    later = index_batches(count=10, batch_size=4, seed=1, first=3)
+    assert next(later) == stream[12:16]
+
+
+def test_optimizer_state_keeps_its_memory_format():
+    def make():
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+
+    def step(conv, optimizer):
+        conv(torch.ones(1, 3, 5, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    conv, optimizer = make()
+    step(conv, optimizer)
+    contiguous = torch.contiguous_format  # as a file gives them back
+    saved = {name: value.clone(memory_format=contiguous) for name, value in optimizer_tensors(optimizer).items()}
+    other, other_optimizer = make()
+    other.load_state_dict(conv.state_dict())
+    load_optimizer_tensors(other_optimizer, saved)
+    step(conv, optimizer)
+    step(other, other_optimizer)
+    assert torch.equal(conv.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--max-train-steps", "0"], "--max-train-steps 0"),
+        (["--learning-rate", "-1"], "--learning-rate -1"),
+        (["--proportion-empty-prompts", "1.5"], "--proportion-empty-prompts"),
+        (["--resolution", "100"], "--resolution 100"),
+        (["--data", "nowhere"], "nowhere/prompt.json: no such file"),
+        (["--resume-from-checkpoint", "latest"], "has no checkpoint"),
+        (["--resume-from-checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--mixed-precision", "fp64"], "--mixed-precision"),
+    ],
+)
+def test_mistakes(options, message, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, "--output-dir", tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
