@@ -39,6 +39,7 @@ class Preset:
     mixed_precision: str
     sampling_steps: int
     guidance_scale: float
+    license: str  # of the base, and so of what is trained from it
 
 
 SD15 = Preset(
@@ -58,6 +59,7 @@ SD15 = Preset(
     mixed_precision="bf16",
     sampling_steps=20,
     guidance_scale=9.0,
+    license="CreativeML OpenRAIL-M",
 )
 TINY = Preset(
     name="tiny",
@@ -76,6 +78,7 @@ TINY = Preset(
     mixed_precision="no",
     sampling_steps=10,
     guidance_scale=3.0,
+    license="Apache-2.0",
 )
 
 

@@ -6,8 +6,10 @@ the paper's experiment on fill50k, on one 24 GB card.
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -197,7 +199,7 @@ def main() -> None:
     sd.to(device).requires_grad_(False)  # locked: from here on only the copy learns
     pairs, held_out = open_pairs(args.data, args.resolution, args.seed)
     cache_key = {name: config[name] for name in ("base", "data", "resolution", "seed")} | {"pairs": len(pairs)}
-    cached = cache_latents(sd, pairs, output / "cache", cache_key)
+    cached = cache_latents(sd, pairs, output / "cache", cache_key, args.train_batch_size)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels, args.hint_init, args.connection, args.copy)
@@ -221,13 +223,18 @@ def main() -> None:
     kept = [line for line in lines if json.loads(line)["step"] < start]
     write_atomically(log_path, lambda path: path.write_text("".join(line + "\n" for line in kept)))
 
-    stop = []  # the signals that asked for it: the step in hand is finished and saved
+    stop = []  # the signal that asked for it: the step in hand is finished and saved
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        signal.signal(number, ask_to_stop)
 
     def save(step: int) -> None:
         save_checkpoint(output / "checkpoints", step, controlnet, optimizer, config)
-        metadata = {"base": args.base, "steps": str(step), "license": "CreativeML OpenRAIL-M, as its base"}
+        metadata = {"base": args.base, "steps": str(step), "license": preset.license}
         save_controlnet(controlnet, output / "controlnet.safetensors", metadata=metadata)
         checkpoints = sorted((output / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
         for old in checkpoints[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
@@ -293,7 +300,8 @@ def main() -> None:
 
     print(f"wrote {output / 'controlnet.safetensors'}")
     if stop:
-        print(f"stopped at step {done}; go on with: python train.py … --resume-from-checkpoint latest")
+        options = [] if args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
+        print(f"stopped at step {done}; go on with: {shlex.join(['python', *sys.argv, *options])}")
         return
     print(
         f"now: python sample.py --base {args.base} --controlnet {output / 'controlnet.safetensors'} "

@@ -112,11 +112,12 @@ def test_broken_entries_are_named(tmp_path):
         PairedImages(tmp_path / "nowhere", 64)
 
 
-def test_fill50k_is_fetched_and_unpacked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("inside", ["fill50k/", ""])
+def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
     archive = tmp_path / "fill50k.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(SAMPLE.rglob("*.*")):
-            file.write(path, f"fill50k/{path.relative_to(SAMPLE)}")
+            file.write(path, f"{inside}{path.relative_to(SAMPLE)}")
     asked = []
     monkeypatch.setattr("weights.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
     folder = fetch_fill50k(tmp_path / "fill50k")
