@@ -5,7 +5,7 @@ import html
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -173,8 +173,10 @@ class CLIPTextModel(nn.Module):
     def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
+        # nn.Embedding's own initialisation takes a second on the meta device, where checkpoints are loaded.
+        embedding = partial(nn.Embedding.from_pretrained, freeze=False)
+        self.token_embedding = embedding(torch.randn(config.vocab_size, config.width))
+        self.position_embedding = embedding(torch.randn(config.max_length, config.width))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm_out = nn.LayerNorm(config.width)
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from errors import ArgumentParser, UserError, run
+from files import ArgumentParser, UserError, fetch, run
 
 # The 139 distinct CSS colours, their names split into words as in fill50k's prompts.
 COLOUR_NAMES = """\
@@ -203,8 +203,6 @@ def fetch_fill50k(folder: Path = Path("fill50k")) -> Path:
 
     Raises UserError when it can't be had or is damaged.
     """
-    from weights import fetch  # here, so that drawing and reading pairs needs no model code
-
     if (folder / "prompt.json").is_file():
         return folder
     archive = fetch("lllyasviel/ControlNet", "training/fill50k.zip", "unpack a copy and pass its folder with --data")

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from clip_text import CLIPTextModel, Tokenizer, byte_symbols, split_words
 from data import COLOURS, draw_scene
 from diffusion import NoiseSchedule, ddim, denoising_loss, guided_noise
-from errors import ArgumentParser, UserError, run
+from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
 from train import load_optimizer_tensors, optimizer_tensors
 from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
-from weights import official_state_dict, read_tensors, save_tensors, write_atomically
+from weights import official_state_dict
 
 SHAPES = ("circle", "square", "triangle")
 SEED = 0

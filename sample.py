@@ -14,9 +14,9 @@ from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
 from data import read_image
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from errors import ArgumentParser, UserError, run
+from files import ArgumentParser, UserError, locate, run, write_atomically
 from stable_diffusion import StableDiffusion
-from weights import load_controlnet, locate, write_atomically
+from weights import load_controlnet
 
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
-from errors import UserError
+from files import UserError, fetch, locate, read_tensors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
-from weights import PREFIXES, fetch, likely_cause, load_official, locate, read_tensors
+from weights import PREFIXES, likely_cause, load_official
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_FILE = "v1-5-pruned-emaonly.safetensors"
@@ -66,7 +66,7 @@ TINY = Preset(
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), num_heads=4, context_dim=64, norm_groups=8),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 2), norm_groups=8),
     text=CLIPTextConfig(vocab_size=866, width=64, mlp_width=256, num_layers=2, num_heads=4),
-    latent_scale=1.0,
+    latent_scale=0.50042,
     hint_channels=(8, 16, 24, 32),
     hint_init="he",
     data="drawn",

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from controlnet import ControlNet
 from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, fetch_fill50k
 from diffusion import NoiseSchedule, denoising_loss
-from errors import ArgumentParser, UserError, run
+from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
 from sample import generate, save_picture, to_picture
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
-from weights import read_tensors, save_controlnet, save_tensors, write_atomically
+from weights import save_controlnet
 
 DRAWN_PAIRS = 2000  # for --data drawn
 HELD_OUT = 8  # pairs that are never trained on, sampled for the previews
@@ -145,7 +145,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Path:
 
 def refuse_changes(saved: dict, config: dict, path: Path) -> None:
     """A resumed run goes on with the options that decide its result."""
-    free = {"step", "max_train_steps", "steps"}
+    free = {"max_train_steps"}
     changed = [name for name in config if name not in free and saved.get(name) != config[name]]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)

@@ -1,26 +1,21 @@
-"""Official Stable Diffusion and ControlNet files to our modules and back: names, safe reading and writing, download.
+"""Official Stable Diffusion and ControlNet weights to our modules and back: names, loading, other programs' layouts.
 
 One table of rules gives for each of our tensor names the official one; loading uses it the other way round.
 Everything is checked: a missing, unknown or misshapen name inside a part is an error, never passed over.
 """
 
 import json
-import os
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from errors import UserError
+from files import UserError, read_tensors, save_tensors, write_atomically
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -144,12 +139,16 @@ DIFFUSERS = [
 HINT_WIDTHS = [f"hint_encoder.{i}.weight" for i in (0, 4, 8, 12)]
 
 
+@cache
+def pattern(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)"))
+
+
 def translate(name: str, rules: list[tuple[str, str]]) -> str:
     """Our tensor name in the rules' other layout. Raises KeyError when no rule fits."""
     stem, leaf = name.rsplit(".", 1)
     for ours, theirs in rules:
-        pattern = re.escape(ours).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
-        if match := re.fullmatch(pattern, stem):
+        if match := pattern(ours).fullmatch(stem):
             return f"{theirs.format(**match.groupdict())}.{leaf}"
     raise KeyError(f"no rule for {name}")
 
@@ -233,41 +232,6 @@ def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     fill(module, tensors, official_layout(module), PREFIXES[type(module)], source)
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a weight file and its metadata (empty but for safetensors), memory-mapped: nothing is read yet.
-
-    Takes .safetensors, and .ckpt, .pth, .pt, .bin as far as they hold nothing but tensors: pickled objects are
-    never built. Raises UserError when the file is missing, damaged, or of another kind.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: pass the single-file checkpoint (.safetensors) instead")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no safetensors file, or a damaged one ({error}): fetch it again") from None
-    if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
-        raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no PyTorch file ({error}): fetch it again") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no named tensors: pass a checkpoint")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
-
-
 def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     """A ControlNet in float32, for `unet`'s sizes, from any of the layouts in use.
 
@@ -308,31 +272,6 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, flush it, and move it there: readers see the old file or the new one.
-
-    Raises UserError when the folder can't be written or the disk is full; what stood at `path` is then intact.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't write {path} ({error}): make room or choose another folder") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, replacing what was there only when it is complete."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, {"format": "pt"} | (metadata or {})))
 
 
 def save_controlnet(
@@ -381,33 +320,3 @@ def diffusers_config(controlnet: ControlNet) -> dict:
         "norm_eps": 1e-5,
         "norm_num_groups": config.norm_groups,
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Download
-
-
-def fetch(repo: str, file: str, advice: str) -> Path:
-    """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
-
-    Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    cached = try_to_load_from_cache(repo, file)
-    if isinstance(cached, str):
-        return Path(cached)
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None
-
-
-def locate(source: str | Path, advice: str) -> Path:
-    """A local path as it is, or owner/repo:file fetched from the hub. Raises UserError as fetch does."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source))
-    if match and not Path(source).exists():
-        return fetch(match[1], match[2], advice)
-    return Path(source)

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from standin import CONFIGS, make_up_merges, stand_in
 
+from files import save_tensors
 from stable_diffusion import StableDiffusion, config_metadata
-from weights import save_tensors
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "betas": (1000,),

@@ -10,7 +10,7 @@ from PIL import Image
 from standin import ROOT
 
 from data import COLOURS, DrawnImages, PairedImages, Selected, cache_latents, draw_fill50k, fetch_fill50k, fit_image
-from errors import UserError
+from files import UserError
 
 SAMPLE = ROOT / "tests" / "fill50k"  # four real pairs
 
@@ -119,7 +119,7 @@ def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
         for path in sorted(SAMPLE.rglob("*.*")):
             file.write(path, f"{inside}{path.relative_to(SAMPLE)}")
     asked = []
-    monkeypatch.setattr("weights.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
+    monkeypatch.setattr("data.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
     folder = fetch_fill50k(tmp_path / "fill50k")
     assert asked == [("lllyasviel/ControlNet", "training/fill50k.zip")]
     assert PairedImages(folder, 64).prompts == PairedImages(SAMPLE, 64).prompts
@@ -133,7 +133,7 @@ def test_zip_entries_stay_inside(name, tmp_path, monkeypatch):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("prompt.json", "")
         file.writestr(name, "boo")
-    monkeypatch.setattr("weights.fetch", lambda *_: archive)
+    monkeypatch.setattr("data.fetch", lambda *_: archive)
     with pytest.raises(UserError, match="outside the folder"):
         fetch_fill50k(tmp_path / "fill50k")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.zip"]
@@ -142,7 +142,7 @@ def test_zip_entries_stay_inside(name, tmp_path, monkeypatch):
 def test_damaged_zip(tmp_path, monkeypatch):
     archive = tmp_path / "bad.zip"
     archive.write_bytes(b"PK" + bytes(100))
-    monkeypatch.setattr("weights.fetch", lambda *_: archive)
+    monkeypatch.setattr("data.fetch", lambda *_: archive)
     with pytest.raises(UserError, match="damaged"):
         fetch_fill50k(tmp_path / "fill50k")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from standin import ROOT, deviation, golden_inputs
 
+from files import read_tensors, save_tensors
 from stable_diffusion import SD15, StableDiffusion
-from weights import official_layout, read_tensors, save_tensors
+from weights import official_layout
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import sample
 from controlnet import ControlNet, control_weights
 from data import read_image
 from diffusion import NoiseSchedule
-from errors import UserError
+from files import UserError
 from sample import generate, to_picture
 from stable_diffusion import StableDiffusion
 from weights import save_controlnet

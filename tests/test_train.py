@@ -13,10 +13,10 @@ from standin import ROOT
 
 import train
 from controlnet import ControlNet
-from errors import UserError
+from files import UserError, read_tensors
 from stable_diffusion import StableDiffusion
 from train import index_batches, load_optimizer_tensors, optimizer_tensors
-from weights import load_controlnet, read_tensors
+from weights import load_controlnet
 
 SAMPLE = ROOT / "tests" / "fill50k"
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]

@@ -11,20 +11,11 @@ from standin import CONFIGS, MANIFEST, ROOT, deviation, golden, small_unet, stan
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from errors import UserError
+from files import UserError, fetch, locate, read_tensors
 from stable_diffusion import StableDiffusion
 from unet import UNet
 from vae import AutoencoderKL
-from weights import (
-    fetch,
-    load_controlnet,
-    load_official,
-    locate,
-    official_layout,
-    official_state_dict,
-    read_tensors,
-    save_controlnet,
-)
+from weights import load_controlnet, load_official, official_layout, official_state_dict, save_controlnet
 
 
 def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:

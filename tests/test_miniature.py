@@ -1,0 +1,96 @@
+"""The Stable Diffusion that ships here."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from standin import ROOT
+
+import pretrain
+from clip_text import Tokenizer
+from data import COLOURS, fit_image
+from files import read_tensors
+from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return StableDiffusion.load("tiny")
+
+
+def test_it_is_small_and_official(tiny):
+    assert sum(path.stat().st_size for path in TINY_FILE.parent.iterdir()) <= 16e6
+    tensors, metadata = read_tensors(TINY_FILE)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert "model.diffusion_model.input_blocks.0.0.weight" in tensors
+    assert "config" in metadata
+    assert tiny.preset is TINY
+    assert (tiny.unet.config, tiny.vae.config, tiny.text_encoder.config) == (TINY.unet, TINY.vae, TINY.text)
+    assert tiny.latent_scale == TINY.latent_scale
+
+
+@torch.no_grad()
+def test_autoencoder(tiny):
+    """32 dB: an error of 2.5 % of the range, hard to see."""
+    images, _ = pretrain.draw_batch(pretrain.UNSEEN, range(1000, 1016), 128)
+    decoded = tiny.decode_latents(tiny.latent_scale * tiny.vae.encode(images)[:, :4])
+    psnr = -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3)))
+    assert psnr.mean() >= 32
+    latents = tiny.encode_images(images, torch.Generator().manual_seed(0))
+    assert latents.std().item() == pytest.approx(1, abs=0.25)  # 16 pictures of the 1,000 that the scale was measured on
+    with Image.open(ROOT / "tests" / "fill50k" / "target" / "0.png") as picture:
+        real = fit_image(picture, 128)[None] * 2 - 1
+    decoded = tiny.decode_latents(tiny.latent_scale * tiny.vae.encode(real)[:, :4])
+    assert (decoded - real).abs().mean() < 0.05
+
+
+def test_words_are_tokens(tiny):
+    names = list(COLOURS)
+    for name in names:
+        assert len(tiny.tokenizer.encode(f"{name} triangle with {name} background")) == 2 * len(name.split()) + 3
+
+
+def test_learning_merges(tmp_path):
+    """The shipped merges are what the stage makes."""
+    pretrain.learn_merges(tmp_path)
+    assert (tmp_path / "merges.txt").read_bytes() == (TINY_FILE.parent / "merges.txt").read_bytes()
+    assert len(Tokenizer.from_merges(tmp_path / "merges.txt").ids) == TINY.text.vocab_size
+
+
+def test_stages_resume(tmp_path, monkeypatch):
+    """The loop that the stages share: stopped after 2 of 4 steps and run again, it ends with the same weights."""
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(pretrain, "STEPS", {"toy": 4})
+
+    def train(folder, last=4):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
+
+        def loss_fn(step, generator):
+            if step >= last:
+                raise KeyboardInterrupt
+            return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
+
+        return pretrain.fit("toy", folder, model, [{"params": model.parameters(), "lr": 0.1}], loss_fn, lambda *_: None)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", last=3)
+    parts = train(tmp_path / "parts")
+    assert torch.equal(whole.weight, parts.weight)
+    assert not np.isnan(whole.weight.detach().numpy()).any()
+
+
+def test_base_paints_what_the_prompt_says(tiny):
+    """Not judged here but for colours: over 16 prompts the background is nearer to its own name than to another's."""
+    from sample import generate
+
+    _, prompts = pretrain.draw_batch(pretrain.UNSEEN, range(16), 8)
+    images = generate(tiny, [], [], prompts, size=(128, 128), steps=10, guidance_scale=TINY.guidance_scale)
+    corners = torch.stack([images[:, :, y, x] for y in (4, -5) for x in (4, -5)]).median(dim=0).values
+    names = [prompt.split(" with ")[1].removesuffix(" background") for prompt in prompts]
+    wanted = torch.tensor(np.stack([COLOURS[name] for name in names])) / 127.5 - 1
+    own = (corners - wanted).abs().mean()
+    others = (corners - wanted.roll(1, dims=0)).abs().mean()
+    assert own < 0.5 * others
