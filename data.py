@@ -1,16 +1,20 @@
 """fill50k: pairs of hint (a ring) and target (the disc filled), drawn here or read from a folder."""
 
+import contextlib
 import json
+import math
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from files import ArgumentParser, UserError, fetch, run
@@ -87,6 +91,8 @@ def fit_image(image: Image.Image, resolution: int, square: bool = True) -> torch
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is background: black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     image = image.convert("RGB")
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
@@ -142,12 +148,14 @@ class PairedImages(Pairs):
         listing = self.root / "prompt.json"
         if not listing.is_file():
             raise UserError(f"{listing}: no such file; the data folder needs one line a pair there, as fill50k has")
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(listing.read_bytes().split(b"\n"), start=1):
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode("utf-8-sig"))
                 source, target, prompt = entry["source"], entry["target"], entry["prompt"]
+                if not isinstance(prompt, str):
+                    raise TypeError(f"prompt is {prompt!r}")
                 paths = [(self.root / name).resolve() for name in (source, target)]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
@@ -232,12 +240,14 @@ class CachedPairs(Dataset):
     """Pairs whose targets and prompts are encoded already: hint, moments and context of each, as tensors."""
 
     def __init__(self, pairs: Pairs, folder: Path):
-        self.pairs = pairs
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")  # [N, 8, H/8, W/8]
-        self.contexts = np.load(folder / "contexts.npy", mmap_mode="r")  # [distinct prompts, 77, D], "" first
+        self.pairs, self.folder = pairs, folder
         distinct = distinct_prompts(pairs.prompts)
         self.context_index = [distinct[prompt] for prompt in pairs.prompts]
-        self.empty_context = torch.from_numpy(self.contexts[0].copy())
+        self.empty_context = self.row("contexts.npy", 0)
+
+    def row(self, name: str, index: int) -> torch.Tensor:
+        # Mapped anew each time: a kept map would be copied whole into every process that loads pictures.
+        return torch.from_numpy(np.load(self.folder / name, mmap_mode="r")[index].copy())
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -245,44 +255,56 @@ class CachedPairs(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {
             "hint": self.pairs.hint(index),
-            "moments": torch.from_numpy(self.moments[index].copy()),
-            "context": torch.from_numpy(self.contexts[self.context_index[index]].copy()),
+            "moments": self.row("moments.npy", index),  # [8, H/8, W/8]
+            "context": self.row("contexts.npy", self.context_index[index]),  # [77, D]
         }
 
 
 def distinct_prompts(prompts: list[str]) -> dict[str, int]:
+    """Each prompt's row among the encoded ones, the empty prompt's first."""
     return {prompt: i for i, prompt in enumerate(dict.fromkeys(["", *prompts]))}
 
 
 @torch.no_grad()
-def cache_latents(sd, pairs: Pairs, folder: Path, key: dict, batch_size: int = 16) -> CachedPairs:
+def cache_latents(sd, pairs: Pairs, folder: Path, key: dict, batch_size: int = 4, num_workers: int = 0) -> CachedPairs:
     """Encode all targets and prompts once, since a locked encoder gives the same at each step.
 
     Keeps the latent distributions (moments), not samples of them, in half precision; a step then samples afresh, as
-    the released code does. `folder` is used again when its `key`, which names base and data, is the same.
+    the released code does. `folder` is used again when its `key`, which names base and data, is the same. Every hint
+    is opened once on the way, so that a broken one shows before training. Raises UserError for that, and when the
+    disk is too small.
     """
     stamp = folder / "key.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == key:
-        return CachedPairs(pairs, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ValueError):  # no stamp or a broken one: encode
+        if json.loads(stamp.read_text()) == key:
+            return CachedPairs(pairs, folder)
+    prompts = list(distinct_prompts(pairs.prompts))
 
-    def encode(name: str, encoder, items: list, label: str) -> None:
-        rows = None
-        for first in tqdm(range(0, len(items), batch_size), desc=label):
-            encoded = encoder(items[first : first + batch_size]).half().cpu().numpy()
+    def save(name: str, label: str, count: int, batches: Iterable[torch.Tensor]) -> None:
+        rows, done = None, 0
+        for encoded in tqdm(batches, desc=label, total=-(-count // batch_size), unit="batch"):
+            encoded = encoded.half().cpu().numpy()
             if rows is None:
-                shape = (len(items), *encoded.shape[1:])
+                shape = (count, *encoded.shape[1:])
+                if shutil.disk_usage(folder).free < 2 * math.prod(shape):
+                    raise UserError(f"{folder} needs {2 * math.prod(shape) / 1e9:.1f} GB for {name}: make room")
                 rows = np.lib.format.open_memmap(folder / name, "w+", np.float16, shape)
-            rows[first : first + len(encoded)] = encoded
+            rows[done : done + len(encoded)] = encoded
+            done += len(encoded)
         rows.flush()
 
-    def moments(indices: list[int]) -> torch.Tensor:
-        return sd.vae.encode(torch.stack([pairs.image(i) for i in indices]).to(sd.device))
-
-    encode("contexts.npy", sd.encode_prompts, list(distinct_prompts(pairs.prompts)), "encoding prompts")
-    encode("moments.npy", moments, list(range(len(pairs))), "encoding images")
-    stamp.write_text(json.dumps(key))  # last: a cache without it is begun again
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        texts = (sd.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
+        save("contexts.npy", "encoding prompts", len(prompts), texts)
+        loader = DataLoader(pairs, batch_size, num_workers=num_workers)
+        with torch.autocast(sd.device.type, torch.bfloat16, enabled=sd.device.type == "cuda"):
+            moments = (sd.vae.encode(batch["image"].to(sd.device)) for batch in loader)
+            save("moments.npy", "encoding images", len(pairs), moments)
+        stamp.write_text(json.dumps(key))  # last: a cache without it is begun again
+    except OSError as error:
+        raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
     return CachedPairs(pairs, folder)
 
 
@@ -293,6 +315,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if min(args.count, args.size) < 1 or args.seed < 0:
+        raise UserError("--count and --size must be 1 or more, --seed 0 or more")
     if (args.output / "prompt.json").exists():
         raise UserError(f"{args.output} holds pairs already: choose another --output")
     for part in ("source", "target"):

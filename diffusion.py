@@ -43,12 +43,12 @@ def guided_noise(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
 def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> Tensor:
     """The `steps` time steps that DDIM visits, ascending: 1, 51, …, 951 for 20 of 1000.
 
-    Differs from the released code where `steps` does not divide 1000: that returns more steps than were asked for.
+    Differs from the released code where `steps` does not divide 1000: that makes more steps than were asked for.
     Raises ValueError unless 1 <= steps < schedule.steps.
     """
     if not 1 <= steps < schedule.steps:
         raise ValueError(f"DDIM takes 1 to {schedule.steps - 1} steps, not {steps}")
-    return torch.arange(steps) * (schedule.steps // steps) + 1
+    return torch.arange(steps) * schedule.steps // steps + 1
 
 
 def ddim(

@@ -36,8 +36,12 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        message = str(error).split("UserError: ")[-1]  # from a process that loads pictures it comes in a traceback
+        print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,7 +68,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version"
+            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version "
+            "(or it is no PyTorch file at all)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged or no PyTorch file ({error}): fetch it again") from None
@@ -113,10 +118,15 @@ def fetch(repo: str, file: str, advice: str) -> Path:
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
     try:
         cached = try_to_load_from_cache(repo, file)
-        return Path(cached if isinstance(cached, str) else hf_hub_download(repo, file))
+        if isinstance(cached, str):
+            return Path(cached)
+        print(f"fetching {file} from huggingface.co/{repo}")
+        return Path(hf_hub_download(repo, file))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None

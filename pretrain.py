@@ -206,6 +206,12 @@ def train_vae(folder: Path) -> None:
     fit("vae", folder, vae, [{"params": vae.parameters(), "lr": 1e-3}], loss_fn, show)
 
 
+def load_merges(folder: Path) -> Tokenizer:
+    if not (folder / "merges.txt").exists():
+        raise UserError(f"{folder / 'merges.txt'} is missing: run `python pretrain.py merges` first")
+    return Tokenizer.from_merges(folder / "merges.txt")
+
+
 def load_trained(folder: Path, stage: str, module: nn.Module, inside: str = "") -> None:
     """Fill `module` with an earlier stage's averaged weights, those under the name `inside`."""
     path, prefix = folder / f"{stage}.safetensors", f"average.module.{inside}"
@@ -244,7 +250,7 @@ class Pair(nn.Module):
 
 def train_text(folder: Path) -> None:
     torch.manual_seed(SEED)
-    tokenizer, pair = Tokenizer.from_merges(folder / "merges.txt"), Pair()
+    tokenizer, pair = load_merges(folder), Pair()
 
     def similarities(model, stream, first, count):
         images, captions = draw_batch(stream, range(first, first + count), 32)
@@ -286,7 +292,7 @@ def encode_scenes(folder: Path, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
 
 def train_unet(folder: Path) -> None:
     torch.manual_seed(SEED)
-    sd = StableDiffusion(Tokenizer.from_merges(folder / "merges.txt"), TINY.text, TINY.vae, TINY.unet, 1.0)
+    sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
     sd.to(memory_format=torch.channels_last)
     load_trained(folder, "vae", sd.vae)
     load_trained(folder, "text", sd.text_encoder, "text.")

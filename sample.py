@@ -2,6 +2,7 @@
 
 import json
 import sys
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,13 @@ def generate(
     def eps_fn(z: Tensor, t: Tensor) -> Tensor:
         if guided:
             z, t = z.repeat(2, 1, 1, 1), t.repeat(2)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             eps = sd.unet(z, t, context, control(z, t)).float()
         bar.update()
         return guided_noise(*eps.chunk(2), guidance_scale) if guided else eps
 
+    # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
+    bfloat16 = device.type == "cuda" or sd.unet.conv_out.weight.dtype == torch.bfloat16
     noise = torch.Generator(device).manual_seed(seed)
     z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, noise)
     bar.close()
@@ -103,10 +106,16 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 
 
 def warn_if_cut(sd: StableDiffusion, prompt: str) -> None:
-    tokens = sd.tokenizer.encode(prompt)
-    if len(tokens) > MAX_LENGTH - 2:
-        kept = max(i for i in range(len(prompt) + 1) if len(sd.tokenizer.encode(prompt[:i])) <= MAX_LENGTH - 2)
-        print(f"warning: the prompt has {len(tokens)} tokens, 75 fit; cut: …{prompt[kept:]}", file=sys.stderr)
+    """Say which words of a prompt do not fit into 75 tokens."""
+    words, room = prompt.split(), MAX_LENGTH - 2
+
+    def tokens(count: int) -> int:
+        return len(sd.tokenizer.encode(" ".join(words[:count])))
+
+    if tokens(len(words)) > room:
+        kept = bisect_right(range(len(words) + 1), room, key=tokens) - 1
+        rest = " ".join(words[kept:])
+        print(f"warning: {tokens(len(words))} tokens in the prompt, {room} fit; cut from: {rest}", file=sys.stderr)
 
 
 def parse_arguments():
@@ -134,6 +143,10 @@ def parse_arguments():
         )
     if args.num_samples < 1:
         raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    if args.output.suffix != ".png":
+        raise UserError(f"--output {args.output}: must end in .png")
     if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
         raise UserError(f"--resolution {args.resolution}: must be a multiple of 64")
     if args.steps is not None:
@@ -162,7 +175,8 @@ def main() -> None:
     sizes = {tuple(hint.shape[1:]) for hint in hints}
     if len(sizes) > 1:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
-    warn_if_cut(sd, args.prompt)
+    for prompt in (args.prompt, args.negative_prompt):
+        warn_if_cut(sd, prompt)
 
     settings = {
         "base": args.base,

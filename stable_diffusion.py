@@ -110,9 +110,17 @@ class StableDiffusion(nn.Module):
             path = locate(source, LOCAL_BASE)
         tensors, metadata = read_tensors(path)
         configs = read_configs(tensors, metadata, path)
+        if configs["unet"].in_channels != configs["vae"].latent_channels:
+            raise UserError(
+                f"{path}: its UNet takes {configs['unet'].in_channels} channels, not the latent's "
+                f"{configs['vae'].latent_channels}; an inpainting or InstructPix2Pix model is no base here"
+            )
         tokenizer = load_tokenizer(path, configs["text"].vocab_size)
-        with torch.device("meta"):
-            sd = cls(tokenizer, **configs)
+        try:
+            with torch.device("meta"):
+                sd = cls(tokenizer, **configs)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"{path}: the config in its metadata makes no model ({error}): fetch it again") from None
         del tensors  # each part maps the file anew, so that a converted part's pages are given back
         for part in (sd.unet, sd.vae, sd.text_encoder):
             load_official(part, read_tensors(path)[0], str(path))

@@ -4,8 +4,11 @@
 the paper's experiment on fill50k, on one 24 GB card.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -53,19 +56,23 @@ def parse_arguments():
     add("--mixed-precision", choices=("no", "bf16"), help=both("mixed_precision"))
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--checkpointing-steps", type=int, default=500, help="default: 500, and always at the end")
-    add("--checkpoints-total-limit", type=int, help="keep only the newest so many (default: all)")
+    add("--checkpoints-total-limit", type=int, default=2, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", help="a checkpoint folder, or latest")
-    add("--validation-steps", type=int, help=f"steps between previews {both('validation_steps')}")
+    add("--validation-steps", type=int, help=f"steps between previews, 0 for none {both('validation_steps')}")
     add("--num-workers", type=int, default=0 if os.cpu_count() <= 4 else 4, help="processes that load pictures")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
     args = parser.parse_args()
     for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-                 "checkpoints_total_limit", "validation_steps", "learning_rate"):  # fmt: skip
+                 "checkpoints_total_limit", "learning_rate"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    for name in ("validation_steps", "num_workers", "seed"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise UserError(f"--proportion-empty-prompts {args.proportion_empty_prompts}: must be from 0 to 1")
     if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
@@ -132,24 +139,55 @@ def save_checkpoint(folder: Path, step: int, controlnet: ControlNet, optimizer, 
     os.replace(temporary, final)
 
 
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Step -> checkpoint."""
+    paths = folder.glob("step-*")
+    return {int(match[1]): path for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))}
+
+
 def find_checkpoint(folder: Path, wanted: str) -> Path:
     """The folder that --resume-from-checkpoint means."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = checkpoints_in(folder)
     if wanted == "latest" and not found:
         raise UserError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out")
-    path = found[-1] if wanted == "latest" else Path(wanted)
+    path = found[max(found)] if wanted == "latest" else Path(wanted)
     if not (path / "state.safetensors").is_file() or not (path / "config.json").is_file():
         raise UserError(f"{path} is no checkpoint: expected state.safetensors and config.json in it")
     return path
 
 
-def refuse_changes(saved: dict, config: dict, path: Path) -> None:
-    """A resumed run goes on with the options that decide its result."""
+def resumed_step(path: Path, config: dict) -> int:
+    """A checkpoint's step. Raises UserError if options that decide the result have changed since."""
+    try:
+        saved = json.loads((path / "config.json").read_text())
+        step = int(saved["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} is broken ({error!r}): resume from another checkpoint") from None
     free = {"max_train_steps"}
     changed = [name for name in config if name not in free and saved.get(name) != config[name]]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
+    return step
+
+
+def load_checkpoint(path: Path, controlnet: ControlNet, optimizer: torch.optim.Optimizer) -> None:
+    tensors, _ = read_tensors(path / "state.safetensors")
+    prefix = "controlnet."
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    controlnet.load_state_dict(weights)
+    load_optimizer_tensors(optimizer, tensors)
+
+
+def trim_log(path: Path, last_step: int) -> float:
+    """Drop what a log says of steps after `last_step`, and a line cut short; returns the seconds logged up to there."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+    return json.loads(kept[-1])["seconds"] if kept else 0.0
 
 
 def save_json(content: dict, path: Path) -> None:
@@ -190,16 +228,16 @@ def main() -> None:
     checkpoint, start = None, 0
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output / "checkpoints", args.resume_from_checkpoint)
-        saved = json.loads((checkpoint / "config.json").read_text())
-        refuse_changes(saved, config, checkpoint)
-        start = saved["step"]
+        start = resumed_step(checkpoint, config)
         print(f"resuming from {checkpoint}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sd.to(device).requires_grad_(False)  # locked: from here on only the copy learns
     pairs, held_out = open_pairs(args.data, args.resolution, args.seed)
-    cache_key = {name: config[name] for name in ("base", "data", "resolution", "seed")} | {"pairs": len(pairs)}
-    cached = cache_latents(sd, pairs, output / "cache", cache_key, args.train_batch_size)
+    cache_key = {name: config[name] for name in ("base", "data", "resolution", "seed")}
+    cache_key["prompts"] = hashlib.sha256(json.dumps(pairs.prompts).encode()).hexdigest()
+    cache_key["encoders"] = [sd.vae.to_moments.weight.sum().item(), sd.text_encoder.norm_out.weight.sum().item()]
+    cached = cache_latents(sd, pairs, output / "cache", cache_key, args.train_batch_size, args.num_workers)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels, args.hint_init, args.connection, args.copy)
@@ -210,18 +248,10 @@ def main() -> None:
         module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=args.learning_rate, fused=True)
     if checkpoint:
-        tensors, _ = read_tensors(checkpoint / "state.safetensors")
-        prefix = "controlnet."
-        controlnet.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        load_optimizer_tensors(optimizer, tensors)
-        del tensors
-
-    output.mkdir(parents=True, exist_ok=True)
+        load_checkpoint(checkpoint, controlnet, optimizer)
     save_json(config, output / "config.json")
     log_path = output / "log.jsonl"
-    lines = log_path.read_text().splitlines() if checkpoint else []
-    kept = [line for line in lines if json.loads(line)["step"] < start]
-    write_atomically(log_path, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+    earlier = trim_log(log_path, start)
 
     stop = []  # the signal that asked for it: the step in hand is finished and saved
 
@@ -234,11 +264,12 @@ def main() -> None:
 
     def save(step: int) -> None:
         save_checkpoint(output / "checkpoints", step, controlnet, optimizer, config)
-        metadata = {"base": args.base, "steps": str(step), "license": preset.license}
+        metadata = {"base": args.base, "steps": str(step), "config": json.dumps(config), "license": preset.license}
         save_controlnet(controlnet, output / "controlnet.safetensors", metadata=metadata)
-        checkpoints = sorted((output / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
-        for old in checkpoints[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
-            shutil.rmtree(old)
+        found = checkpoints_in(output / "checkpoints")
+        newest = sorted(number for number in found if number <= step)[-args.checkpoints_total_limit :]
+        for number in found.keys() - newest:  # later ones are of a run that was resumed from before them
+            shutil.rmtree(found[number])
 
     preview_hints = torch.stack([held_out.hint(i) for i in range(len(held_out))])
     preview_targets = [held_out.image(i) for i in range(len(held_out))]
@@ -258,7 +289,7 @@ def main() -> None:
     order = index_batches(len(cached), args.train_batch_size, args.seed, start * batches_a_step)
     loader = DataLoader(cached, batch_sampler=order, num_workers=args.num_workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
-    schedule, began = NoiseSchedule(), time.time()
+    schedule, began = NoiseSchedule(), time.time() - earlier
     bar = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, desc="training")
     with open(log_path, "a") as log:
         for step in bar:
@@ -287,16 +318,17 @@ def main() -> None:
 
             done = step + 1
             seconds = round(time.time() - began, 2)
-            entry = {"step": step, "loss": step_loss, "lr": args.learning_rate, "seconds": seconds}
+            entry = {"step": done, "loss": step_loss, "lr": args.learning_rate, "seconds": seconds}
             log.write(json.dumps(entry) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{step_loss:.4f}", lr=f"{args.learning_rate:.0e}")
-            if done % args.validation_steps == 0:
-                preview(done)
-            if stop or done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+            at_the_end = done == args.max_train_steps
+            if stop or at_the_end or done % args.checkpointing_steps == 0:
                 save(done)
             if stop:
                 break
+            if args.validation_steps and (at_the_end or done % args.validation_steps == 0):
+                preview(done)
 
     print(f"wrote {output / 'controlnet.safetensors'}")
     if stop:

@@ -99,12 +99,9 @@ PREFIXES = {
     CLIPTextModel: "cond_stage_model.transformer.text_model.",
     ControlNet: "control_model.",
 }
-IGNORED = {  # stands in official files and is rightly left out: what follows from the schedule, and running averages
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "lvlb_weights",
-    "model_ema.*", "cond_stage_model.transformer.text_model.embeddings.position_ids",
-}  # fmt: skip
+# In official files and rightly left out. Outside every part: the buffers that follow from the schedule (betas,
+# alphas_cumprod, alphas_cumprod_prev, sqrt_…, log_…, posterior_…) and running averages (model_ema.*). Inside one:
+IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
 # diffusers' ControlNetModel counts by levels and lays the hint encoder out by hand.
 DIFFUSERS_RESNET = [
     ("norm1", "norm1"), ("conv1", "conv1"), ("time_proj", "time_emb_proj"),

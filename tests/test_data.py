@@ -1,4 +1,5 @@
 import json
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -82,6 +83,14 @@ def test_any_picture_is_read(mode):
     assert (tensor - expected).abs().max() <= 0.01
 
 
+def test_transparent_is_background():
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    tensor = fit_image(image, 64)
+    assert tensor[:, :, :32].min() == 1
+    assert tensor[:, :, 32:].max() == 0
+
+
 def test_sizes():
     wide = Image.new("RGB", (300, 100))
     assert fit_image(wide, 64).shape == (3, 64, 64)
@@ -107,7 +116,11 @@ def test_broken_entries_are_named(tmp_path):
     assert "b.png is missing" in error('{"source": "b.png", "target": "a.png", "prompt": ""}')
     assert "outside the folder" in error('{"source": "../../../etc/passwd", "target": "a.png", "prompt": ""}')
     assert "can't be read as a picture" in error('{"source": "broken.png", "target": "a.png", "prompt": ""}')
+    assert "line 1" in error('{"source": "a.png", "target": "a.png", "prompt": null}')
     assert "has no pairs" in error("")
+    (tmp_path / "prompt.json").write_bytes(b"\xef\xbb\xbf" + good.encode() + b"\r\n" + b'{"source": "\xff"}')
+    with pytest.raises(UserError, match=r"prompt.json line 2"):
+        PairedImages(tmp_path, 64)
     with pytest.raises(UserError, match="no such file"):
         PairedImages(tmp_path / "nowhere", 64)
 
@@ -161,6 +174,13 @@ def test_command_line_writes_the_real_layout(tmp_path):
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
 
 
+def test_pairs_travel_to_other_processes(tmp_path):
+    """The encoded rows are mapped where they are needed, not sent along."""
+    cached = cache_latents(Encoders(), DrawnImages(200, 64), tmp_path / "cache", {})
+    assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 50_000
+    assert len(pickle.dumps(cached)) < 50_000
+
+
 class Encoders:
     """Counts calls, and encodes in a way that can be checked."""
 
@@ -180,10 +200,10 @@ class Encoders:
 
 
 def test_cache_encodes_once(tmp_path):
-    pairs = DrawnImages(5, 64)
+    pairs, calls = DrawnImages(5, 64), Encoders.calls
     key = {"base": "tiny", "seed": 0}
     cached = cache_latents(Encoders(), pairs, tmp_path / "cache", key, batch_size=2)
-    assert Encoders.calls == 3
+    assert Encoders.calls == calls + 3
     for i in range(5):
         row = cached[i]
         assert torch.equal(row["hint"], pairs.hint(i))
@@ -192,6 +212,9 @@ def test_cache_encodes_once(tmp_path):
         assert row["context"][0, 0].item() == len(pairs.prompts[i])
     assert cached.empty_context.unique().tolist() == [0]
     cache_latents(Encoders(), pairs, tmp_path / "cache", key)
-    assert Encoders.calls == 3
-    cache_latents(Encoders(), pairs, tmp_path / "cache", key | {"seed": 1})
-    assert Encoders.calls == 4
+    assert Encoders.calls == calls + 3
+    cache_latents(Encoders(), pairs, tmp_path / "cache", key | {"seed": 1}, batch_size=5)
+    assert Encoders.calls == calls + 4
+    (tmp_path / "cache" / "key.json").write_text("{")
+    cache_latents(Encoders(), pairs, tmp_path / "cache", key, batch_size=5)
+    assert Encoders.calls == calls + 5

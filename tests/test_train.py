@@ -1,6 +1,7 @@
 """The real command line on the miniature: the files it leaves, and that a resumed run equals an uninterrupted one."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     assert whole.keys() == parts.keys() and len(whole) == 340
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
-    assert [entry["step"] for entry in read_log(tmp_path / "whole")] == [0, 1, 2, 3, 4]
+    assert [entry["step"] for entry in read_log(tmp_path / "whole")] == [1, 2, 3, 4, 5]
     assert "resuming from" in capsys.readouterr().out
 
     # What a run leaves.
@@ -54,15 +55,17 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     assert {path.name for path in folder.iterdir()} == {
         "cache", "checkpoints", "config.json", "controlnet.safetensors", "log.jsonl", "previews",
     }  # fmt: skip
+    assert {path.name for path in (folder / "previews").iterdir()} == {"step-4.png", "step-5.png"}  # and at the end
     assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 50)
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-4
     metadata = read_tensors(folder / "controlnet.safetensors")[1]
-    assert (metadata["base"], metadata["steps"]) == ("tiny", "5")
+    assert (metadata["base"], metadata["steps"], metadata["license"]) == ("tiny", "5", "Apache-2.0")
+    assert json.loads(metadata["config"])["train_batch_size"] == 3
     sd = StableDiffusion.load("tiny")
     controlnet = load_controlnet(folder / "controlnet.safetensors", sd.unet)
     assert controlnet.middle_zero_conv.weight.count_nonzero() > 0
 
-    # The base was not touched, and a changed option is refused by name.
+    # A changed option is refused by name, and so is a folder that holds a run.
     changed = ["--learning-rate", "0.1", *resume]
     with pytest.raises(UserError, match="--learning-rate 0.0005"):
         run(monkeypatch, *QUICK, *changed)
@@ -70,13 +73,14 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *QUICK, "--output-dir", folder)
 
 
-def test_interrupt_saves_and_goes_on(tmp_path):
+def test_interrupt_saves_and_goes_on(tmp_path, monkeypatch):
     command = [sys.executable, ROOT / "train.py", *QUICK, "--output-dir", tmp_path / "run", "--max-train-steps", "2000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.read_text()) and time.time() < deadline:
         time.sleep(0.1)
+    assert read_log(tmp_path / "run"), "training did not start"
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -84,6 +88,38 @@ def test_interrupt_saves_and_goes_on(tmp_path):
     steps = len(read_log(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()
     assert (tmp_path / "run" / "controlnet.safetensors").exists()
+
+    resume = ["--output-dir", tmp_path / "run", "--resume-from-checkpoint", "latest", "--max-train-steps", steps + 1]
+    run(monkeypatch, *QUICK, *resume)
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == list(range(1, steps + 2))
+
+
+def test_resuming_from_an_earlier_step_drops_what_came_after(tmp_path, monkeypatch):
+    options = [*QUICK, "--output-dir", tmp_path, "--checkpointing-steps", "1", "--validation-steps", "0"]
+    run(monkeypatch, *options, "--max-train-steps", "3", "--checkpoints-total-limit", "3")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "lo')  # cut short by a crash
+    first = tmp_path / "checkpoints" / "step-1"
+    run(monkeypatch, *options, "--max-train-steps", "2", "--resume-from-checkpoint", first)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    (first / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is broken"):
+        run(monkeypatch, *options, "--resume-from-checkpoint", first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_hint_is_found_before_training(workers, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(SAMPLE, folder)
+    (folder / "source" / "2.png").write_bytes(b"no picture")
+    options = ["--data", folder, "--resolution", "64", "--num-workers", str(workers), "--output-dir", tmp_path / "run"]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    *progress, line = done.stderr.strip().split("\n")
+    assert line.startswith(f"error: {folder / 'source' / '2.png'} can't be read as a picture")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path, monkeypatch):
@@ -95,9 +131,10 @@ def test_accumulation_counts_optimizer_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ControlNet, "forward", spy)
     options = ["--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2", "--train-batch-size", "2"]
+    options += ["--validation-steps", "0"]
     run(monkeypatch, *options, "--gradient-accumulation-steps", "3", "--output-dir", tmp_path)
     assert batches == [2] * 6
-    assert [entry["step"] for entry in read_log(tmp_path)] == [0, 1]
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
 
 
 def test_ablations_and_checkpoint_limit(tmp_path, monkeypatch):
@@ -118,7 +155,7 @@ def test_half_of_the_prompts_are_empty(tmp_path, monkeypatch):
         return forward(self, x, hint, t, context)
 
     monkeypatch.setattr(ControlNet, "forward", spy)
-    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "8", "--validation-steps", "100"]
+    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "8", "--validation-steps", "0"]
     run(monkeypatch, *options, "--max-train-steps", "10", "--output-dir", tmp_path)
     empty = StableDiffusion.load("tiny").encode_prompts([""])[0].half().float()
     rows = torch.cat(contexts)
@@ -166,6 +203,8 @@ def test_optimizer_state_keeps_its_memory_format():
         (["--proportion-empty-prompts", "1.5"], "--proportion-empty-prompts"),
         (["--resolution", "100"], "--resolution 100"),
         (["--data", "nowhere"], "nowhere/prompt.json: no such file"),
+        (["--num-workers", "-1"], "--num-workers -1"),
+        (["--seed", "-1"], "--seed -1"),
         (["--resume-from-checkpoint", "latest"], "has no checkpoint"),
         (["--resume-from-checkpoint", "nowhere"], "nowhere is no checkpoint"),
         (["--mixed-precision", "fp64"], "--mixed-precision"),

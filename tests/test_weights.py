@@ -56,8 +56,10 @@ def test_loading_copies_into_real_parameters_and_shares_with_meta_ones():
     assert unet.conv_out.weight is parameter
     parameter.data.zero_()
     assert tensors["model.diffusion_model.out.2.weight"].abs().sum() > 0
-    shared = small_unet().conv_out.bias
-    assert not shared.is_meta
+    with torch.device("meta"):
+        shapes = UNet(CONFIGS["small"][0])
+    load_official(shapes, tensors)
+    assert shapes.conv_out.weight.data_ptr() == tensors["model.diffusion_model.out.2.weight"].data_ptr()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,6 +208,16 @@ def controlnet_as_base(folder):
     save_file(stand_in("small", "control"), folder / "bad.safetensors")
 
 
+def inpainting(folder):
+    tensors = stand_in("small", "unet", "vae", "clip")
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+    save_file(tensors, folder / "bad.safetensors")
+
+
+def broken_config(folder):
+    save_file(stand_in("small", "unet", "vae", "clip"), folder / "bad.safetensors", {"config": '{"unet": 3}'})
+
+
 def absent(folder):
     pass
 
@@ -222,6 +234,8 @@ WRONG_BASES = {  # what writes the file: what its line must say
     missing_tensor: "decoder.norm_out.weight [32] is missing",
     unknown_tensor: "label_emb.0.0.weight [3] is no part",
     controlnet_as_base: "a ControlNet, not a base model",
+    inpainting: "an inpainting or InstructPix2Pix model",
+    broken_config: "the config in its metadata is broken",
     absent: "no such file",
 }
 

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from diffusion import NoiseSchedule, ddim, ddim_timesteps, denoising_loss, guided_noise
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20, 30, 400, 600, 999])
+def test_as_many_steps_as_asked_for(steps):
+    timesteps = ddim_timesteps(NoiseSchedule(), steps)
+    assert len(timesteps.unique()) == steps
+    assert timesteps.min() == 1 and timesteps.max() <= 999
+    assert timesteps.max() >= 1000 - -(-1000 // steps)  # the last one is no further from the end than a step
+
+
+def test_one_noise_predictor_leads_back():
+    """With the true noise as its prediction, DDIM walks straight back to z_0, up to the noise left at t = 0."""
+    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(0)
+    z0, eps = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    z_T = schedule.add_noise(z0, eps, torch.full((2,), 951))
+    got = ddim(lambda z, t: eps, z_T, schedule, steps=20)
+    expected = schedule.add_noise(z0, eps, torch.zeros(2, dtype=torch.long))
+    assert (got - expected).abs().max() < 2e-4  # float32, divided by sqrt(ᾱ_951) = 0.09
+
+
+def test_eta_draws_from_its_generator():
+    def sample(eta, seed):
+        z_T = torch.ones(1, 4, 8, 8)
+        return ddim(lambda z, t: 0.1 * z, z_T, NoiseSchedule(), 5, eta, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(sample(0.0, 1), sample(0.0, 2))
+    assert torch.equal(sample(1.0, 1), sample(1.0, 1))
+    assert not torch.equal(sample(1.0, 1), sample(1.0, 2))
+
+
+def test_eta_one_keeps_the_variance():
+    """For data that is standard normal, ε_θ(z) = sqrt(1 - ᾱ) z is exact, and every z_t is standard normal too."""
+    schedule = NoiseSchedule()
+
+    def eps_fn(z, t):
+        return (1 - schedule.alphas_cumprod[t]).sqrt().float()[:, None, None, None] * z
+
+    z_T = torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    z_0 = ddim(eps_fn, z_T, schedule, 999, 1.0, torch.Generator().manual_seed(1))
+    assert z_0.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_loss_and_guidance():
+    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(0)
+    z0, eps = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    t = torch.tensor([0, 500, 999])
+    assert denoising_loss(lambda z, t: eps, z0, eps, t, schedule) == 0
+    seen = []
+    loss = denoising_loss(lambda z, t: seen.append((z, t)) or torch.zeros_like(z), z0, eps, t, schedule)
+    assert loss.item() == pytest.approx(eps.square().mean().item(), rel=1e-6)
+    alpha = schedule.alphas_cumprod[500].item()
+    assert torch.allclose(seen[0][0][1], alpha**0.5 * z0[1] + (1 - alpha) ** 0.5 * eps[1], atol=1e-6)
+    assert torch.equal(guided_noise(z0, eps, 0.0), z0)
+    assert torch.allclose(guided_noise(z0, eps, 3.0), 3 * eps - 2 * z0, atol=1e-5)
