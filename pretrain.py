@@ -1,7 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python pretrain.py` runs all stages (merges, vae, text, unet) and writes models/tiny; `python pretrain.py vae` runs
-one. A stage that was stopped goes on where it was.
+`python pretrain.py` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; `python pretrain.py vae`
+runs one. A stage that was stopped goes on where it was.
 """
 
 import json
@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from clip_text import CLIPTextModel, Tokenizer, byte_symbols, split_words
 from data import COLOURS, draw_scene
-from diffusion import NoiseSchedule, ddim, denoising_loss, guided_noise
+from diffusion import NoiseSchedule, denoising_loss
 from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
+from sample import generate, save_picture, to_picture
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
 from train import load_optimizer_tensors, optimizer_tensors
 from unet import ResBlock
@@ -133,9 +133,7 @@ def fit(stage: str, folder: Path, module: nn.Module, groups: list[dict], loss_fn
 
 def save_grid(path: Path, *rows: Tensor) -> None:
     """Rows of images [N, 3, H, W] in [-1, 1] as one picture."""
-    picture = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    write_atomically(path, lambda temporary: Image.fromarray(pixels).save(temporary))
+    save_picture(to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,16 +313,11 @@ def train_unet(folder: Path) -> None:
 
     @torch.no_grad()
     def show(average, step):
-        contexts = [average["text"](sd.tokenizer(texts)) for texts in (unseen, [""] * len(unseen))]
-
-        def eps_fn(z, t):
-            cond, uncond = (average["unet"](z, t, context) for context in contexts)
-            return guided_noise(uncond, cond, TINY.guidance_scale)
-
-        z_T = torch.randn(len(unseen), 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
-        images = sd.decode_latents(ddim(eps_fn, z_T, schedule, 20))
+        trained = StableDiffusion(sd.tokenizer, TINY.text, TINY.vae, TINY.unet, sd.latent_scale)
+        trained.vae, trained.text_encoder, trained.unet = sd.vae, average["text"], average["unet"]
+        size = (TINY.resolution, TINY.resolution)
+        images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
         save_grid(folder / "unet.png", images[:8], images[8:])
-        (folder / "unet.txt").write_text("\n".join(unseen) + "\n")
 
     both = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
     groups = [
@@ -345,8 +338,29 @@ def pack(sd: StableDiffusion, folder: Path) -> None:
     print(f"wrote {TINY_FILE}, {TINY_FILE.stat().st_size / 1e6:.1f} MB")
 
 
+@torch.no_grad()
+def measure(folder: Path) -> None:
+    """What the model card says of the shipped miniature, and its picture: the first unseen captions, none picked."""
+    sd = StableDiffusion.load("tiny")
+    images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
+    decoded = torch.cat([sd.vae.decode(sd.vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
+    psnr = -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
+    print(f"VAE: PSNR {psnr:.2f} dB on {len(images)} unseen scenes")
+
+    settings = {"size": (TINY.resolution,) * 2, "steps": 20, "guidance_scale": TINY.guidance_scale}
+    parts = range(0, len(captions), 32)
+    samples = torch.cat([generate(sd, [], [], captions[i : i + 32], seed=i, **settings) for i in tqdm(parts)])
+    frame = torch.cat([samples[:, :, 0], samples[:, :, -1], samples[:, :, :, 0], samples[:, :, :, -1]], dim=2)
+    names = [caption.split(" with ")[1].removesuffix(" background") for caption in captions]
+    wanted = torch.from_numpy(np.stack([COLOURS[name] for name in names])) / 127.5 - 1
+    error = (frame.median(dim=2).values - wanted).abs().mean() / 2
+    print(f"UNet: background colour (median of the frame) off by {error:.3f} of the range, over {len(samples)} samples")
+    save_grid(TINY_FILE.parent / "samples.png", samples[:8], samples[8:16])
+    print("; ".join(captions[:16]))
+
+
 def main() -> None:
-    stages = {"merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet}
+    stages = {"merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "measure": measure}
     parser = ArgumentParser(description="Make the miniature Stable Diffusion from nothing.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; all of them by default")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
