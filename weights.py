@@ -178,7 +178,7 @@ def likely_cause(tensors: Mapping[str, Tensor]) -> str:
         return any(fragment in name for name in tensors for fragment in fragments)
 
     to_k = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    if has("lora_up", "lora_down", "lora_A", "lora_B", "lora_unet_", "lora_te_"):
+    if has("lora_up", "lora_down", "lora_A", "lora_B", "_lora.", "lora_unet_", "lora_te_"):
         return "; this looks like a LoRA, which changes a base model and is none: pass a full checkpoint"
     if has("conditioner.embedders."):
         return "; this looks like SDXL: only Stable Diffusion 1.x and its descendants fit"
