@@ -198,7 +198,7 @@ def contact_sheet(columns: list[list[Tensor]], captions: list[str], labels: list
     """Pictures in rows, one column a pair, with the rows' labels at the left and the prompts below."""
     side = columns[0][0].shape[-1]
     margin, rows = 60, len(labels)
-    sheet = Image.new("RGB", (margin + side * len(columns), side * rows + 50), "white")
+    sheet = Image.new("RGB", (margin + side * len(columns), side * rows + 64), "white")
     draw = ImageDraw.Draw(sheet)
     for y, label in enumerate(labels):
         draw.text((4, side * y + side // 2), label, fill="black")

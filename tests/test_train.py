@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
         "cache", "checkpoints", "config.json", "controlnet.safetensors", "log.jsonl", "previews",
     }  # fmt: skip
     assert {path.name for path in (folder / "previews").iterdir()} == {"step-4.png", "step-5.png"}  # and at the end
-    assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 50)
+    assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 64)
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-4
     metadata = read_tensors(folder / "controlnet.safetensors")[1]
     assert (metadata["base"], metadata["steps"], metadata["license"]) == ("tiny", "5", "Apache-2.0")
