@@ -179,7 +179,7 @@ def test_optimizer_state_keeps_its_memory_format():
         return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
 
     def step(conv, optimizer):
-        conv(torch.ones(1, 3, 5, 5)).square().sum().backward()
+        conv(torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
