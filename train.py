@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -97,7 +98,7 @@ def index_batches(count: int, batch_size: int, seed: int, first: int) -> Iterato
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
-        return torch.randperm(count, generator=generator_for(seed, epoch)).tolist()
+        return torch.randperm(count, generator=generator_for(seed, 1, epoch)).tolist()
 
     position = first * batch_size
     while True:
@@ -105,9 +106,12 @@ def index_batches(count: int, batch_size: int, seed: int, first: int) -> Iterato
         position += batch_size
 
 
-def generator_for(seed: int, step: int) -> torch.Generator:
-    """All randomness of one step, so that a resumed run goes on exactly as if it had not stopped."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+def generator_for(*key: int) -> torch.Generator:
+    """A generator for (seed, 0, batch) or (seed, 1, epoch), so that a resumed run goes on as if it had not stopped.
+
+    The key is hashed, since torch's CPU generator keeps only the lower 32 bits of a seed.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -295,7 +299,7 @@ def main() -> None:
         for step in bar:
             step_loss = 0.0
             for i in range(batches_a_step):
-                generator = generator_for(args.seed, step * batches_a_step + i)
+                generator = generator_for(args.seed, 0, step * batches_a_step + i)
                 batch = next(batches)
                 z0 = sd.sample_latents(batch["moments"].float(), generator)
                 eps = torch.randn(z0.shape, generator=generator)

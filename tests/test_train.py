@@ -16,7 +16,7 @@ import train
 from controlnet import ControlNet
 from files import UserError, read_tensors
 from stable_diffusion import StableDiffusion
-from train import index_batches, load_optimizer_tensors, optimizer_tensors
+from train import generator_for, index_batches, load_optimizer_tensors, optimizer_tensors
 from weights import load_controlnet
 
 SAMPLE = ROOT / "tests" / "fill50k"
@@ -170,6 +170,13 @@ def test_every_pair_once_an_epoch():
     assert stream[:10] != stream[10:]
     later = index_batches(count=10, batch_size=4, seed=1, first=3)
     assert next(later) == stream[12:16]
+
+
+def test_randomness_differs_by_seed_use_and_step():
+    keys = [(seed, use, step) for seed in (0, 1, 2**31) for use in (0, 1) for step in (0, 1, 5)]
+    draws = {torch.randn((), generator=generator_for(*key)).item() for key in keys}
+    assert len(draws) == len(keys)
+    assert torch.equal(torch.rand(3, generator=generator_for(1, 0, 5)), torch.rand(3, generator=generator_for(1, 0, 5)))
 
 
 def test_optimizer_state_keeps_its_memory_format():
