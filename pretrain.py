@@ -146,7 +146,7 @@ def pass_colours_through(vae: AutoencoderKL) -> None:
     A group norm divides by its group's spread, so flat colours, which are all that this world has, would survive
     only as relations between channels. Here ResBlocks and attention start as identities, resamplers and 1x1
     convolutions pass channels on, and random biases at the entrances give each group a spread that does not depend
-    on the picture. It reaches in one minute what the ordinary initialisation did not in twenty.
+    on the picture. On two cores it had 24 dB after 35 s, PyTorch's own initialisation 13 dB after 75 s.
     """
     for module in vae.modules():
         if isinstance(module, ResBlock):
