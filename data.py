@@ -17,7 +17,7 @@ from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from files import ArgumentParser, UserError, fetch, run
+from files import ArgumentParser, UserError, fetch, run, save_json
 
 # The 139 distinct CSS colours, their names split into words as in fill50k's prompts.
 COLOUR_NAMES = """\
@@ -81,6 +81,12 @@ def draw_scene(rng: np.random.Generator, size: int, shapes=("circle",)) -> tuple
 def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> tuple[Image.Image, Image.Image, str]:
     """Pair `index` of an endless set like fill50k, the same for the same (index, size, seed)."""
     return draw_scene(np.random.default_rng([seed, index]), size)
+
+
+def check_resolution(resolution: int | None) -> None:
+    """Raise UserError for a --resolution that the UNet can't halve three times after the VAE did."""
+    if resolution is not None and (resolution < 64 or resolution % 64):
+        raise UserError(f"--resolution {resolution}: must be a multiple of 64")
 
 
 def fit_image(image: Image.Image, resolution: int, square: bool = True) -> torch.Tensor:
@@ -302,7 +308,7 @@ def cache_latents(sd, pairs: Pairs, folder: Path, key: dict, batch_size: int = 4
         with torch.autocast(sd.device.type, torch.bfloat16, enabled=sd.device.type == "cuda"):
             moments = (sd.vae.encode(batch["image"].to(sd.device)) for batch in loader)
             save("moments.npy", "encoding images", len(pairs), moments)
-        stamp.write_text(json.dumps(key))  # last: a cache without it is begun again
+        save_json(key, stamp)  # last: a cache without it is begun again
     except OSError as error:
         raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
     return CachedPairs(pairs, folder)

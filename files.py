@@ -5,6 +5,7 @@ Reading never runs code, writing never leaves half a file, fetching says what to
 
 import argparse
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -109,6 +110,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict
     """Write a safetensors file, replacing what was there only when it is complete."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, {"format": "pt"} | (metadata or {})))
+
+
+def save_json(content: dict, path: str | Path) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def fetch(repo: str, file: str, advice: str) -> Path:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from clip_text import CLIPTextModel, Tokenizer, byte_symbols, split_words
+from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_words
+from controlnet import zero_weights
 from data import COLOURS, draw_scene
 from diffusion import NoiseSchedule, denoising_loss
 from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
@@ -54,7 +55,7 @@ def learn_merges(folder: Path) -> None:
     symbols = byte_symbols()
     words = {word: [symbols[b] for b in word.encode()] for word in counts}
     for parts in words.values():
-        parts[-1] += "</w>"
+        parts[-1] += WORD_END
     merges = []
     while any(len(parts) > 1 for parts in words.values()):
         pairs = Counter()
@@ -150,13 +151,11 @@ def pass_colours_through(vae: AutoencoderKL) -> None:
     """
     for module in vae.modules():
         if isinstance(module, ResBlock):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            zero_weights(module.conv2)
             if isinstance(module.shortcut, nn.Conv2d):
                 nn.init.orthogonal_(module.shortcut.weight)
         elif isinstance(module, SpatialAttention):
-            nn.init.zeros_(module.to_out.weight)
-            nn.init.zeros_(module.to_out.bias)
+            zero_weights(module.to_out)
         elif isinstance(module, (Downsample, Upsample)):
             nn.init.dirac_(module.conv.weight)
             nn.init.zeros_(module.conv.bias)
@@ -170,6 +169,12 @@ def pass_colours_through(vae: AutoencoderKL) -> None:
         nn.init.zeros_(conv.bias)
     with torch.no_grad():
         vae.to_moments.bias[4:] = -5  # little noise at the start
+
+
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images after the way through the latent (its mean), and the mean PSNR in dB."""
+    decoded = torch.cat([vae.decode(vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
+    return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
 
 
 def train_vae(folder: Path) -> None:
@@ -196,8 +201,7 @@ def train_vae(folder: Path) -> None:
 
     @torch.no_grad()
     def show(average, step):
-        decoded = torch.cat([average.decode(average.encode(part)[:, :4]) for part in unseen.split(16)]).clamp(-1, 1)
-        psnr = -10 * torch.log10(((decoded - unseen) / 2).square().mean((1, 2, 3))).mean()
+        decoded, psnr = reconstruct(average, unseen)
         tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
         save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
@@ -343,9 +347,7 @@ def measure(folder: Path) -> None:
     """What the model card says of the shipped miniature, and its picture: the first unseen captions, none picked."""
     sd = StableDiffusion.load("tiny")
     images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
-    decoded = torch.cat([sd.vae.decode(sd.vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
-    psnr = -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
-    print(f"VAE: PSNR {psnr:.2f} dB on {len(images)} unseen scenes")
+    print(f"VAE: PSNR {reconstruct(sd.vae, images)[1]:.2f} dB on {len(images)} unseen scenes")
 
     settings = {"size": (TINY.resolution,) * 2, "steps": 20, "guidance_scale": TINY.guidance_scale}
     parts = range(0, len(captions), 32)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
-from data import read_image
+from data import check_resolution, read_image
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
 from files import ArgumentParser, UserError, locate, run, write_atomically
 from stable_diffusion import StableDiffusion
@@ -147,8 +147,7 @@ def parse_arguments():
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: must end in .png")
-    if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
-        raise UserError(f"--resolution {args.resolution}: must be a multiple of 64")
+    check_resolution(args.resolution)
     if args.steps is not None:
         try:
             ddim_timesteps(NoiseSchedule(), args.steps)

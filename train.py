@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from controlnet import ControlNet
-from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, fetch_fill50k
+from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, check_resolution, fetch_fill50k
 from diffusion import NoiseSchedule, denoising_loss
-from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
+from files import ArgumentParser, UserError, read_tensors, run, save_json, save_tensors, write_atomically
 from sample import generate, save_picture, to_picture
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
 from weights import save_controlnet
@@ -76,8 +76,7 @@ def parse_arguments():
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise UserError(f"--proportion-empty-prompts {args.proportion_empty_prompts}: must be from 0 to 1")
-    if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
-        raise UserError(f"--resolution {args.resolution}: must be a multiple of 64")
+    check_resolution(args.resolution)
     return args
 
 
@@ -192,10 +191,6 @@ def trim_log(path: Path, last_step: int) -> float:
                 kept.append(line)
     write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
     return json.loads(kept[-1])["seconds"] if kept else 0.0
-
-
-def save_json(content: dict, path: Path) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def contact_sheet(columns: list[list[Tensor]], captions: list[str], labels: list[str]) -> Image.Image:

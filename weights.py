@@ -4,7 +4,6 @@ One table of rules gives for each of our tensor names the official one; loading 
 Everything is checked: a missing, unknown or misshapen name inside a part is an error, never passed over.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from files import UserError, read_tensors, save_tensors, write_atomically
+from files import UserError, read_tensors, save_json, save_tensors
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -250,9 +249,12 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     if "input_hint_block.0.weight" in tensors:  # official names without their prefix
         tensors = {prefix + name: value for name, value in tensors.items()}
 
-    rules = DIFFUSERS if diffusers else RULES[ControlNet]
-    hint_names = [name if lite else translate(name, rules) for name in HINT_WIDTHS]
-    hint_names = [name if lite or diffusers else prefix + name for name in hint_names]
+    if lite:
+        hint_names = HINT_WIDTHS
+    elif diffusers:
+        hint_names = [translate(name, DIFFUSERS) for name in HINT_WIDTHS]
+    else:
+        hint_names = [prefix + translate(name, RULES[ControlNet]) for name in HINT_WIDTHS]
     first_missing = next((name for name in hint_names if name not in tensors), None)
     if first_missing is not None:
         raise UserError(f"{path}: {first_missing} is missing, so this is no ControlNet{likely_cause(tensors)}")
@@ -290,8 +292,7 @@ def save_controlnet(
         state = controlnet.state_dict()
         names = rename(controlnet, DIFFUSERS)
         save_tensors({names[k]: v for k, v in state.items()}, Path(path) / "diffusion_pytorch_model.safetensors")
-        text = json.dumps(diffusers_config(controlnet), indent=2)
-        write_atomically(Path(path) / "config.json", lambda temporary: temporary.write_text(text + "\n"))
+        save_json(diffusers_config(controlnet), Path(path) / "config.json")
     else:
         raise ValueError(f"layout is 'official' or 'diffusers', not {layout!r}")
 
