@@ -40,6 +40,7 @@ COLOURS = {
     name: np.array(ImageColor.getrgb(name.replace(" ", "")), dtype=np.float32)
     for name in COLOUR_NAMES.replace("\n", " ").split(", ")
 }
+SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart
 
 
@@ -54,7 +55,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"no such shape: {shape}")
 
 
-def draw_scene(rng: np.random.Generator, size: int, shapes=("circle",)) -> tuple[Image.Image, Image.Image, str]:
+def draw_scene(
+    rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)
+) -> tuple[Image.Image, Image.Image, str]:
     """One random (hint, target, prompt) of `size` x `size` pixels, distributed as measured on the real fill50k.
 
     Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border; the hint is a pure 0/255 outline

@@ -116,6 +116,15 @@ def save_json(content: dict, path: str | Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def read_log(path: Path) -> list[dict]:
+    """A log's lines, one JSON object each; none if there is no log. A line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def fetch(repo: str, file: str, advice: str) -> Path:
     """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
 

@@ -16,22 +16,24 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from checkpoints import load_optimizer_tensors, optimizer_tensors
 from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_words
 from controlnet import zero_weights
-from data import COLOURS, draw_scene
-from diffusion import NoiseSchedule, denoising_loss
+from data import COLOURS, SHAPES, draw_scene
+from diffusion import NoiseSchedule
 from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
-from sample import generate, save_picture, to_picture
+from metrics import best_shape, prompt_colours, segment
+from pictures import save_picture, to_picture
+from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
-from train import load_optimizer_tensors, optimizer_tensors
 from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
 from weights import official_state_dict
 
-SHAPES = ("circle", "square", "triangle")
 SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
-STEPS = {"vae": 4000, "text": 600, "unet": 5000}
+STEPS = {"vae": 4000, "text": 600, "unet": 7000}
+LEARNING_RATE = 1e-3  # at its peak
 CHECKPOINT_EVERY = 200
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 LATENTS = 12_000  # scenes that the UNet is trained on
@@ -84,15 +86,14 @@ def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
     return torch.lerp(value, average, min(0.998, ((1 + count) / (10 + count)).item()))
 
 
-def fit(stage: str, folder: Path, module: nn.Module, groups: list[dict], loss_fn, show) -> nn.Module:
+def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
     """Train `module` for the stage's steps; returns the running average of its weights, which is what ships.
 
     loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so a
     resumed run goes on as if it had not stopped.
     """
     steps, path = STEPS[stage], folder / f"{stage}.safetensors"
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = AveragedModel(module, avg_fn=running_average)
     start = 0
     if path.exists():
@@ -113,8 +114,7 @@ def fit(stage: str, folder: Path, module: nn.Module, groups: list[dict], loss_fn
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
             rate = min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps) + 0.01)  # constant, then down to 0
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = rate * peak
+            optimizer.param_groups[0]["lr"] = rate * LEARNING_RATE
             loss, values = loss_fn(step, torch.Generator().manual_seed(SEED + step))
             optimizer.zero_grad()
             loss.backward()
@@ -205,7 +205,7 @@ def train_vae(folder: Path) -> None:
         tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
         save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
-    fit("vae", folder, vae, [{"params": vae.parameters(), "lr": 1e-3}], loss_fn, show)
+    fit("vae", folder, vae, loss_fn, show)
 
 
 def load_merges(folder: Path) -> Tokenizer:
@@ -269,7 +269,7 @@ def train_text(folder: Path) -> None:
         right = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean()
         tqdm.write(f"text step {step}: {right:.0%} of captions find theirs among {len(logits)} unseen pictures")
 
-    fit("text", folder, pair, [{"params": pair.parameters(), "lr": 1e-3}], loss_fn, show)
+    fit("text", folder, pair, loss_fn, show)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -302,6 +302,9 @@ def train_unet(folder: Path) -> None:
     moments, captions = encode_scenes(folder, sd.vae)
     sd.latent_scale = round(1 / sd.sample_latents(moments[:1000], torch.Generator().manual_seed(SEED)).std().item(), 5)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
+    # Colours are chosen where z_t is nearly pure noise, and there ε is all but known: an error in the picture counts
+    # for SNR times as much in ε. So those steps weigh more, as in a loss on z_0; less in the second half, for shapes.
+    weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
     print(f"latent scale {sd.latent_scale}")
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
@@ -312,8 +315,11 @@ def train_unet(folder: Path) -> None:
         z0 = sd.sample_latents(moments[chosen], generator).contiguous(memory_format=torch.channels_last)
         eps = torch.randn(z0.shape, generator=generator)
         t = torch.randint(schedule.steps, (len(z0),), generator=generator)
-        context = sd.text_encoder(prompts)  # float32: at 16x16 pixels autocast costs more than bfloat16 saves
-        return denoising_loss(lambda z, t: sd.unet(z, t, context), z0, eps, t, schedule), {}
+        # float32: at 16x16 pixels autocast costs more than bfloat16 saves
+        predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
+        errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
+        most = 25 if step < STEPS["unet"] // 2 else 8
+        return (weights[t].clamp(1, most) * errors).mean(), {"eps": errors.detach().mean()}
 
     @torch.no_grad()
     def show(average, step):
@@ -324,11 +330,8 @@ def train_unet(folder: Path) -> None:
         save_grid(folder / "unet.png", images[:8], images[8:])
 
     both = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
-    groups = [
-        {"params": sd.unet.parameters(), "lr": 1e-3},
-        {"params": sd.text_encoder.parameters(), "lr": 3e-4},  # CLIP stays locked in SD; this one was made in seconds
-    ]
-    average = fit("unet", folder, both, groups, loss_fn, show)
+    # CLIP stays locked in SD; this text encoder was made in a minute, and goes on learning.
+    average = fit("unet", folder, both, loss_fn, show)
     sd.unet, sd.text_encoder = average["unet"], average["text"]
     pack(sd, folder)
 
@@ -342,23 +345,29 @@ def pack(sd: StableDiffusion, folder: Path) -> None:
     print(f"wrote {TINY_FILE}, {TINY_FILE.stat().st_size / 1e6:.1f} MB")
 
 
+def judge(sample: Tensor, caption: str) -> tuple[float, float, bool]:
+    """A sample against its caption: errors of the shape's and the background's median colours (mean absolute, 0 to
+    1), and whether it is the right shape. What is shape is told by metrics.segment, which by metrics.best_shape.
+    """
+    mask = segment(sample)
+    regions = (mask if mask.any() else ~mask, ~mask)  # without any shape, its colour is taken to be the background's
+    colours = torch.stack([sample[:, region].median(dim=1).values for region in regions]) / 2 + 0.5
+    errors = (colours - prompt_colours(caption)).abs().mean(dim=1)
+    return *errors.tolist(), mask.any().item() and f" {best_shape(mask)} with " in caption
+
+
 @torch.no_grad()
 def measure(folder: Path) -> None:
     """What the model card says of the shipped miniature, and its picture: the first unseen captions, none picked."""
     sd = StableDiffusion.load("tiny")
     images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
     print(f"VAE: PSNR {reconstruct(sd.vae, images)[1]:.2f} dB on {len(images)} unseen scenes")
-
     settings = {"size": (TINY.resolution,) * 2, "steps": 20, "guidance_scale": TINY.guidance_scale}
     parts = range(0, len(captions), 32)
     samples = torch.cat([generate(sd, [], [], captions[i : i + 32], seed=i, **settings) for i in tqdm(parts)])
-    frame = torch.cat([samples[:, :, 0], samples[:, :, -1], samples[:, :, :, 0], samples[:, :, :, -1]], dim=2)
-    names = [caption.split(" with ")[1].removesuffix(" background") for caption in captions]
-    wanted = torch.from_numpy(np.stack([COLOURS[name] for name in names])) / 127.5 - 1
-    error = (frame.median(dim=2).values - wanted).abs().mean() / 2
-    print(f"UNet: background colour (median of the frame) off by {error:.3f} of the range, over {len(samples)} samples")
-    save_grid(TINY_FILE.parent / "samples.png", samples[:8], samples[8:16])
-    print("; ".join(captions[:16]))
+    judged = torch.tensor([judge(sample, caption) for sample, caption in zip(samples, captions)]).mean(dim=0)
+    print("UNet: colour error {:.3f} (shape), {:.3f} (background), right shape {:.3f}".format(*judged.tolist()))
+    save_grid(TINY_FILE.parent / "samples.png", *samples[:64].split(16))
 
 
 def main() -> None:

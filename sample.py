@@ -1,13 +1,10 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
-import json
 import sys
 from bisect import bisect_right
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +12,8 @@ from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
 from data import check_resolution, read_image
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from files import ArgumentParser, UserError, locate, run, write_atomically
+from files import ArgumentParser, UserError, locate, run
+from pictures import save_picture, side_by_side, to_picture
 from stable_diffusion import StableDiffusion
 from weights import load_controlnet
 
@@ -86,23 +84,6 @@ def generate(
     z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, noise)
     bar.close()
     return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """One image [3, H, W] in [-1, 1] as a Pillow picture."""
-    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a PNG; `settings` go into its text chunk "settings" as JSON."""
-    info = PngImagePlugin.PngInfo()
-    if settings:
-        info.add_text("settings", json.dumps(settings))
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
-
-
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
 
 
 def warn_if_cut(sd: StableDiffusion, prompt: str) -> None:

@@ -36,6 +36,7 @@ class Preset:
     learning_rate: float
     max_train_steps: int
     validation_steps: int
+    response_steps: int  # between measurements of hint sensitivity and gap: 5 % of the time at most
     mixed_precision: str
     sampling_steps: int
     guidance_scale: float
@@ -56,6 +57,7 @@ SD15 = Preset(
     learning_rate=1e-5,
     max_train_steps=10_000,
     validation_steps=500,
+    response_steps=50,
     mixed_precision="bf16",
     sampling_steps=20,
     guidance_scale=9.0,
@@ -75,6 +77,7 @@ TINY = Preset(
     learning_rate=5e-4,
     max_train_steps=1000,
     validation_steps=100,
+    response_steps=10,
     mixed_precision="no",
     sampling_steps=10,
     guidance_scale=3.0,

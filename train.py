@@ -4,38 +4,38 @@
 the paper's experiment on fill50k, on one 24 GB card.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoints import find_checkpoint, load_checkpoint, resumed_step, save_checkpoint
 from controlnet import ControlNet
 from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, check_resolution, fetch_fill50k
 from diffusion import NoiseSchedule, denoising_loss
-from files import ArgumentParser, UserError, read_tensors, run, save_json, save_tensors, write_atomically
-from sample import generate, save_picture, to_picture
+from files import ArgumentParser, UserError, read_log, run, save_json, write_atomically
+from metrics import circle_iou, colour_error, growth_step, hint_response, is_circle_task, jump_step
+from pictures import contact_sheet, plot_convergence, save_picture, to_picture
+from sample import generate
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
 from weights import save_controlnet
 
 DRAWN_PAIRS = 2000  # for --data drawn
-HELD_OUT = 8  # pairs that are never trained on, sampled for the previews
+DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
+PREVIEWED = 8  # columns of a preview
+PROBE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
 
 
 def parse_arguments():
@@ -60,13 +60,14 @@ def parse_arguments():
     add("--checkpoints-total-limit", type=int, default=2, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", help="a checkpoint folder, or latest")
     add("--validation-steps", type=int, help=f"steps between previews, 0 for none {both('validation_steps')}")
+    add("--validation-hints", type=int, default=8, help="held-out hints that are sampled and scored (default: 8)")
     add("--num-workers", type=int, default=0 if os.cpu_count() <= 4 else 4, help="processes that load pictures")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
     args = parser.parse_args()
     for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-                 "checkpoints_total_limit", "learning_rate"):  # fmt: skip
+                 "checkpoints_total_limit", "learning_rate", "validation_hints"):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
@@ -80,15 +81,15 @@ def parse_arguments():
     return args
 
 
-def open_pairs(source: str, resolution: int, seed: int) -> tuple[Pairs, Pairs]:
-    """The pairs to train on, and those for the previews."""
+def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[Pairs, Pairs]:
+    """The pairs to train on, and about `held_out` others that are never trained on."""
     if source == "drawn":
-        return DrawnImages(DRAWN_PAIRS, resolution, seed), DrawnImages(HELD_OUT, resolution, seed + 1)
+        return DrawnImages(DRAWN_PAIRS, resolution, seed), DrawnImages(held_out, resolution, DRAWN_HELD_OUT)
     pairs = PairedImages(fetch_fill50k() if source == "fill50k" else source, resolution)
-    first_held_out = len(pairs) - min(HELD_OUT, len(pairs) // 10)
+    first_held_out = len(pairs) - min(held_out, len(pairs) // 10)
     if first_held_out == len(pairs):
         print(f"{source} has only {len(pairs)} pairs: none is held out, the previews show training pairs")
-        return pairs, Selected(pairs, range(min(HELD_OUT, len(pairs))))
+        return pairs, Selected(pairs, range(min(held_out, len(pairs))))
     return Selected(pairs, range(first_held_out)), Selected(pairs, range(first_held_out, len(pairs)))
 
 
@@ -113,100 +114,32 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, for a safetensors file."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+def trim_log(path: Path, last_step: int) -> list[dict]:
+    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return kept
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of optimizer_tensors."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            if value.shape == parameters[int(i)].shape:  # in the parameter's memory format, as the fused step needs
-                value = torch.empty_like(parameters[int(i)]).copy_(value)
-            state.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+@torch.no_grad()
+def fixed_batch(sd: StableDiffusion, pairs: Pairs, schedule: NoiseSchedule, seed: int) -> dict[str, Tensor] | None:
+    """What hint_response is measured on: held-out pairs, noised once and for all, one at each of PROBE_TIMES.
 
-
-def save_checkpoint(folder: Path, step: int, controlnet: ControlNet, optimizer, config: dict) -> None:
-    """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete."""
-    final, temporary = folder / f"step-{step}", folder / f".step-{step}"
-    weights = {f"controlnet.{name}": tensor for name, tensor in controlnet.state_dict().items()}
-    save_tensors(weights | optimizer_tensors(optimizer), temporary / "state.safetensors")
-    save_json({"step": step} | config, temporary / "config.json")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-
-
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Step -> checkpoint."""
-    paths = folder.glob("step-*")
-    return {int(match[1]): path for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))}
-
-
-def find_checkpoint(folder: Path, wanted: str) -> Path:
-    """The folder that --resume-from-checkpoint means."""
-    found = checkpoints_in(folder)
-    if wanted == "latest" and not found:
-        raise UserError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out")
-    path = found[max(found)] if wanted == "latest" else Path(wanted)
-    if not (path / "state.safetensors").is_file() or not (path / "config.json").is_file():
-        raise UserError(f"{path} is no checkpoint: expected state.safetensors and config.json in it")
-    return path
-
-
-def resumed_step(path: Path, config: dict) -> int:
-    """A checkpoint's step. Raises UserError if options that decide the result have changed since."""
-    try:
-        saved = json.loads((path / "config.json").read_text())
-        step = int(saved["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} is broken ({error!r}): resume from another checkpoint") from None
-    free = {"max_train_steps"}
-    changed = [name for name in config if name not in free and saved.get(name) != config[name]]
-    if changed:
-        options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
-        raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
-    return step
-
-
-def load_checkpoint(path: Path, controlnet: ControlNet, optimizer: torch.optim.Optimizer) -> None:
-    tensors, _ = read_tensors(path / "state.safetensors")
-    prefix = "controlnet."
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    controlnet.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, tensors)
-
-
-def trim_log(path: Path, last_step: int) -> float:
-    """Drop what a log says of steps after `last_step`, and a line cut short; returns the seconds logged up to there."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
-
-
-def contact_sheet(columns: list[list[Tensor]], captions: list[str], labels: list[str]) -> Image.Image:
-    """Pictures in rows, one column a pair, with the rows' labels at the left and the prompts below."""
-    side = columns[0][0].shape[-1]
-    margin, rows = 60, len(labels)
-    sheet = Image.new("RGB", (margin + side * len(columns), side * rows + 64), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, label in enumerate(labels):
-        draw.text((4, side * y + side // 2), label, fill="black")
-    for x, (column, caption) in enumerate(zip(columns, captions)):
-        for y, picture in enumerate(column):
-            sheet.paste(to_picture(picture), (margin + side * x, side * y))
-        lines = textwrap.wrap(caption, max(side // 7, 8))[:4]
-        draw.text((margin + side * x + 2, side * rows + 2), "\n".join(lines), fill="black", font_size=10)
-    return sheet
+    `other` holds another pair's hint for each. None when there is only one pair, which has no other.
+    """
+    if len(pairs) < 2:
+        return None
+    generator = generator_for(seed, 2)
+    chosen = [i % len(pairs) for i in range(len(PROBE_TIMES))]
+    others = [(i + 1) % len(pairs) for i in chosen]
+    moments = sd.vae.encode(torch.stack([pairs.image(i) for i in chosen]).to(sd.device)).cpu()
+    z0 = sd.sample_latents(moments, generator).to(sd.device)
+    eps, t = torch.randn(z0.shape, generator=generator).to(z0), torch.tensor(PROBE_TIMES, device=sd.device)
+    hints, other = (torch.stack([pairs.hint(i) for i in indices]).to(sd.device) for indices in (chosen, others))
+    context = sd.encode_prompts([pairs.prompts[i] for i in chosen])
+    z = schedule.add_noise(z0, eps, t)
+    return {"z": z, "t": t, "context": context, "hint": hints, "other": other, "eps": eps}
 
 
 def main() -> None:
@@ -222,7 +155,7 @@ def main() -> None:
         if value is None and hasattr(preset, name):
             setattr(args, name, getattr(preset, name))
     place_only = {"output_dir", "resume_from_checkpoint", "num_workers", "checkpointing_steps", "validation_steps",
-                  "checkpoints_total_limit", "gradient_checkpointing"}  # fmt: skip
+                  "validation_hints", "checkpoints_total_limit", "gradient_checkpointing"}  # fmt: skip
     config = {name: value for name, value in vars(args).items() if name not in place_only}
     checkpoint, start = None, 0
     if args.resume_from_checkpoint:
@@ -232,16 +165,19 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sd.to(device).requires_grad_(False)  # locked: from here on only the copy learns
-    pairs, held_out = open_pairs(args.data, args.resolution, args.seed)
+    pairs, held_out = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
     cache_key = {name: config[name] for name in ("base", "data", "resolution", "seed")}
     cache_key["prompts"] = hashlib.sha256(json.dumps(pairs.prompts).encode()).hexdigest()
     cache_key["encoders"] = [sd.vae.to_moments.weight.sum().item(), sd.text_encoder.norm_out.weight.sum().item()]
     cached = cache_latents(sd, pairs, output / "cache", cache_key, args.train_batch_size, args.num_workers)
+    schedule = NoiseSchedule()
+    probe = fixed_batch(sd, held_out, schedule, args.seed)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels, args.hint_init, args.connection, args.copy)
     controlnet.checkpointing = sd.unet.checkpointing = args.gradient_checkpointing
-    if args.mixed_precision == "bf16":
+    bf16 = args.mixed_precision == "bf16"
+    if bf16:
         sd.unet.bfloat16()  # the locked part only: trainable weights and optimizer state stay float32
     for module in (sd.unet, controlnet):
         module.to(memory_format=torch.channels_last)
@@ -249,8 +185,7 @@ def main() -> None:
     if checkpoint:
         load_checkpoint(checkpoint, controlnet, optimizer)
     save_json(config, output / "config.json")
-    log_path = output / "log.jsonl"
-    earlier = trim_log(log_path, start)
+    history = trim_log(output / "log.jsonl", start)
 
     stop = []  # the signal that asked for it: the step in hand is finished and saved
 
@@ -261,36 +196,58 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
+    def predict(z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
+        """ε_θ(z_t, t, c_t, c_f)."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return sd.unet(z, t, context, controlnet(z, hint, t, context))
+
+    hints, targets = (torch.stack([part(i) for i in range(len(held_out))]) for part in (held_out.hint, held_out.image))
+    scored = is_circle_task(hints, held_out.prompts)
+
+    def sample(controlnets: list[ControlNet]) -> tuple[Tensor, dict]:
+        """The held-out hints as pictures, from fixed seeds, and their scores."""
+        settings = {"steps": preset.sampling_steps, "guidance_scale": preset.guidance_scale, "seed": args.seed}
+        given = [hints for _ in controlnets]
+        # The hint on the conditional side of guidance only, as in the paper (Sec. 3.4).
+        pictures = generate(
+            sd, controlnets, given, held_out.prompts, mode="conditional", size=tuple(hints.shape[2:]), **settings
+        ).cpu()
+        if not scored:
+            return pictures, {}
+        errors = colour_error(pictures, hints, held_out.prompts)
+        return pictures, {"iou": circle_iou(pictures, hints).mean().item(), "colour_error": errors.mean().item()}
+
+    if args.validation_steps:
+        before, base_scores = sample([])  # what step 0 gives too: equation (3)
+        save_picture(to_picture(hints[0] * 2 - 1), output / "previews" / "hint.png")
+
+    def preview(step: int) -> dict:
+        now, scores = sample([controlnet])
+        rows = {"hint": hints * 2 - 1, "step 0": before, f"step {step}": now, "target": targets}
+        sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, held_out.prompts[:PREVIEWED])
+        save_picture(sheet, output / "previews" / f"step-{step}.png")
+        return scores | {f"base_{name}": score for name, score in base_scores.items()}
+
+    @torch.no_grad()
+    def respond() -> dict:
+        own, other = (predict(probe["z"], probe["t"], probe["context"], probe[name]) for name in ("hint", "other"))
+        sensitivity, gap = hint_response(own, other, probe["eps"])
+        heldout_loss = (own.double() - probe["eps"]).square().mean().item()
+        return {"hint_sensitivity": sensitivity, "hint_gap": gap, "heldout_loss": heldout_loss}
+
     def save(step: int) -> None:
-        save_checkpoint(output / "checkpoints", step, controlnet, optimizer, config)
+        save_checkpoint(output / "checkpoints", step, controlnet, optimizer, config, args.checkpoints_total_limit)
         metadata = {"base": args.base, "steps": str(step), "config": json.dumps(config), "license": preset.license}
         save_controlnet(controlnet, output / "controlnet.safetensors", metadata=metadata)
-        found = checkpoints_in(output / "checkpoints")
-        newest = sorted(number for number in found if number <= step)[-args.checkpoints_total_limit :]
-        for number in found.keys() - newest:  # later ones are of a run that was resumed from before them
-            shutil.rmtree(found[number])
-
-    preview_hints = torch.stack([held_out.hint(i) for i in range(len(held_out))])
-    preview_targets = [held_out.image(i) for i in range(len(held_out))]
-    before = []  # the same samples without ControlNet, which is what step 0 gives: equation (3)
-
-    def preview(step: int) -> None:
-        settings = {"steps": preset.sampling_steps, "guidance_scale": preset.guidance_scale, "seed": args.seed}
-        size = tuple(preview_hints.shape[2:])
-        if not before:
-            before.extend(generate(sd, [], [], held_out.prompts, size=size, **settings))
-        now = generate(sd, [controlnet], [preview_hints], held_out.prompts, **settings)
-        columns = [list(column) for column in zip(preview_hints * 2 - 1, before, now, preview_targets)]
-        sheet = contact_sheet(columns, held_out.prompts, ["hint", "step 0", f"step {step}", "target"])
-        save_picture(sheet, output / "previews" / f"step-{step}.png")
 
     batches_a_step = args.gradient_accumulation_steps
     order = index_batches(len(cached), args.train_batch_size, args.seed, start * batches_a_step)
     loader = DataLoader(cached, batch_sampler=order, num_workers=args.num_workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
-    schedule, began = NoiseSchedule(), time.time() - earlier
+    began = time.time() - (history[-1]["seconds"] if history else 0)
+    shown = {"lr": f"{args.learning_rate:.0e}"}
     bar = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, desc="training")
-    with open(log_path, "a") as log:
+    with open(output / "log.jsonl", "a") as log:
         for step in bar:
             step_loss = 0.0
             for i in range(batches_a_step):
@@ -303,41 +260,49 @@ def main() -> None:
                 context, hint = batch["context"], batch["hint"]
                 context[torch.rand(len(z0), generator=generator) < args.proportion_empty_prompts] = cached.empty_context
                 z0, eps, context, hint = (x.to(device, torch.float32) for x in (z0, eps, context, hint))
-                t = t.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-
-                    def eps_fn(z, t, context=context, hint=hint):
-                        return sd.unet(z, t, context, controlnet(z, hint, t, context))
-
-                    loss = denoising_loss(eps_fn, z0, eps, t, schedule)  # equation (5)
+                eps_fn = partial(predict, context=context, hint=hint)
+                loss = denoising_loss(eps_fn, z0, eps, t.to(device), schedule)  # equation (5)
                 (loss / batches_a_step).backward()
                 step_loss += loss.item() / batches_a_step
             optimizer.step()
             optimizer.zero_grad()
 
             done = step + 1
-            seconds = round(time.time() - began, 2)
-            entry = {"step": done, "loss": step_loss, "lr": args.learning_rate, "seconds": seconds}
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            bar.set_postfix(loss=f"{step_loss:.4f}", lr=f"{args.learning_rate:.0e}")
             at_the_end = done == args.max_train_steps
+            entry = {"step": done, "loss": step_loss, "lr": args.learning_rate}
+            if probe and done % preset.response_steps == 0:
+                entry |= respond()
+                shown["sensitivity"] = f"{entry['hint_sensitivity']:.1e}"
+            if args.validation_steps and (at_the_end or done % args.validation_steps == 0):
+                entry |= preview(done)
+            history.append(entry | {"seconds": round(time.time() - began, 2)})
+            log.write(json.dumps(history[-1]) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{step_loss:.4f}", **shown)
+            if growth_step(history) == done:
+                bar.write(f"step {done}: the hint begins to count, its sensitivity is {entry['hint_sensitivity']:.1e} "
+                          "and growing; the samples do not show it yet")  # fmt: skip
+            if jump_step(history) == done:
+                bar.write(f"step {done}: the jump has come: with another pair's hint the held-out loss is "
+                          f"{entry['hint_gap'] / entry['heldout_loss']:.0%} higher")  # fmt: skip
+            if "iou" in entry:
+                bar.write(
+                    f"step {done}: IoU {entry['iou']:.2f} of samples and hints (the base: {entry['base_iou']:.2f})"
+                )
             if stop or at_the_end or done % args.checkpointing_steps == 0:
                 save(done)
             if stop:
                 break
-            if args.validation_steps and (at_the_end or done % args.validation_steps == 0):
-                preview(done)
 
-    print(f"wrote {output / 'controlnet.safetensors'}")
+    plot_convergence({output.name: history}, output / "convergence.png")
+    print(f"wrote {output / 'controlnet.safetensors'} and {output / 'convergence.png'}")
     if stop:
         options = [] if args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
         print(f"stopped at step {done}; go on with: {shlex.join(['python', *sys.argv, *options])}")
         return
-    print(
-        f"now: python sample.py --base {args.base} --controlnet {output / 'controlnet.safetensors'} "
-        '--hint HINT.png --prompt "coral circle with blue background"'
-    )
+    command = ["python", "sample.py", "--base", args.base, "--controlnet", str(output / "controlnet.safetensors")]
+    hint = str(output / "previews" / "hint.png") if args.validation_steps else "HINT.png"
+    print("now:", shlex.join([*command, "--hint", hint, "--prompt", held_out.prompts[0]]))
 
 
 if __name__ == "__main__":

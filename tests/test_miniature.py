@@ -72,7 +72,7 @@ def test_stages_resume(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
 
-        return pretrain.fit("toy", folder, model, [{"params": model.parameters(), "lr": 0.1}], loss_fn, lambda *_: None)
+        return pretrain.fit("toy", folder, model, loss_fn, lambda *_: None)
 
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ from controlnet import ControlNet, control_weights
 from data import read_image
 from diffusion import NoiseSchedule
 from files import UserError
-from sample import generate, to_picture
+from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
 from weights import save_controlnet
 
@@ -50,14 +50,16 @@ def test_one_sample_does_not_depend_on_the_batch(tiny, controlnet, hint):
         assert (alone[0] - together[i]).abs().max() < 1e-4  # float32 sums in another order
 
 
-def test_fresh_or_silenced_controlnet_changes_nothing(tiny, controlnet, hint):
-    """Equation (3) all the way to the picture, bit for bit."""
-    settings = {"prompts": ["red circle with blue background"], "steps": 3, "guidance_scale": 3}
-    base = generate(tiny, [], [], size=(64, 64), **settings)
-    fresh = ControlNet.from_unet(tiny.unet, tiny.preset.hint_channels)
-    assert torch.equal(generate(tiny, [fresh], [hint], **settings), base)
-    assert torch.equal(generate(tiny, [controlnet], [hint], strengths=[0.0], **settings), base)
-    assert not torch.equal(generate(tiny, [controlnet], [hint], **settings), base)
+@pytest.mark.parametrize("mode", CONTROL_MODES)
+def test_step_zero_and_strength_zero_are_the_base(tiny, controlnet, mode):
+    """Equation (3) in whole samples, bit for bit: a new ControlNet, and one that has learned but is turned off."""
+    hint = read_image(HINT, 64)[None]
+    prompts, settings = ["red circle with blue background"], {"steps": 3, "guidance_scale": 3.0}
+    base = generate(tiny, [], [], prompts, size=(64, 64), **settings)
+    new = ControlNet.from_unet(tiny.unet, tiny.preset.hint_channels, tiny.preset.hint_init).requires_grad_(False)
+    assert torch.equal(generate(tiny, [new], [hint], prompts, mode=mode, **settings), base)
+    assert torch.equal(generate(tiny, [controlnet], [hint], prompts, mode=mode, strengths=[0.0], **settings), base)
+    assert not torch.equal(generate(tiny, [controlnet], [hint], prompts, mode=mode, **settings), base)
 
 
 def test_modes(tiny, controlnet, hint):
@@ -149,7 +151,3 @@ def test_long_prompt_is_cut_with_a_warning(tmp_path, monkeypatch, capsys):
 def test_mistakes(options, message, monkeypatch):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *options)
-
-
-def test_to_picture():
-    assert to_picture(torch.tensor([[[-1.0]], [[0.0]], [[2.0]]])).getpixel((0, 0)) == (0, 128, 255)

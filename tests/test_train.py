@@ -13,10 +13,14 @@ from PIL import Image
 from standin import ROOT
 
 import train
+from checkpoints import load_optimizer_tensors, optimizer_tensors
 from controlnet import ControlNet
+from data import DrawnImages
+from diffusion import NoiseSchedule
 from files import UserError, read_tensors
+from metrics import hint_response
 from stable_diffusion import StableDiffusion
-from train import generator_for, index_batches, load_optimizer_tensors, optimizer_tensors
+from train import fixed_batch, generator_for, index_batches
 from weights import load_controlnet
 
 SAMPLE = ROOT / "tests" / "fill50k"
@@ -53,9 +57,13 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     # What a run leaves.
     folder = tmp_path / "whole"
     assert {path.name for path in folder.iterdir()} == {
-        "cache", "checkpoints", "config.json", "controlnet.safetensors", "log.jsonl", "previews",
+        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "log.jsonl", "previews",
     }  # fmt: skip
-    assert {path.name for path in (folder / "previews").iterdir()} == {"step-4.png", "step-5.png"}  # and at the end
+    assert {path.name for path in (folder / "previews").iterdir()} == {
+        "hint.png",
+        "step-4.png",
+        "step-5.png",
+    }  # and at the end
     assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 64)
     assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-4
     metadata = read_tensors(folder / "controlnet.safetensors")[1]
@@ -71,6 +79,42 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
         run(monkeypatch, *QUICK, *changed)
     with pytest.raises(UserError, match="holds a run already"):
         run(monkeypatch, *QUICK, "--output-dir", folder)
+
+
+def test_what_is_measured(tmp_path, monkeypatch, capsys):
+    """Sensitivity and gap every 10 steps, IoU and colour error of more hints than a preview shows, two sentences."""
+    options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
+    monkeypatch.setattr(train, "DRAWN_PAIRS", 8)
+    monkeypatch.setattr(train, "growth_step", lambda history: 10 if len(history) >= 10 else None)
+    monkeypatch.setattr(train, "jump_step", lambda history: 20 if len(history) >= 20 else None)
+    run(monkeypatch, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
+    log = {entry["step"]: entry for entry in read_log(tmp_path)}
+    assert [step for step in log if "hint_sensitivity" in log[step]] == [10, 20]
+    assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
+    assert log[10].keys() == {"step", "loss", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
+    assert 0 < log[20]["heldout_loss"] < 0.2
+    assert {"iou", "colour_error", "base_iou", "base_colour_error"} <= log[20].keys()
+    assert Image.open(tmp_path / "previews" / "step-20.png").size == (60 + 8 * 64, 4 * 64 + 64)
+    assert Image.open(tmp_path / "convergence.png").height > 500
+    output = capsys.readouterr().out
+    assert "step 10: the hint begins to count" in output
+    assert "step 20: the jump has come" in output
+    assert f"IoU {log[20]['iou']:.2f}" in output
+
+
+def test_the_response_is_zero_before_the_first_step():
+    """Equation (3) again: another pair's hint changes nothing yet, and the held-out pairs are the same each time."""
+    sd, schedule = StableDiffusion.load("tiny").requires_grad_(False), NoiseSchedule()
+    pairs = DrawnImages(3, 64)
+    batch = fixed_batch(sd, pairs, schedule, 0)
+    again = fixed_batch(sd, pairs, schedule, 0)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert torch.equal(batch["hint"][3], pairs.hint(0)) and torch.equal(batch["other"][3], pairs.hint(1))
+    controlnet = ControlNet.from_unet(sd.unet, sd.preset.hint_channels).requires_grad_(False)
+    z, t, context = (batch[name] for name in ("z", "t", "context"))
+    own, other = (sd.unet(z, t, context, controlnet(z, batch[name], t, context)) for name in ("hint", "other"))
+    assert hint_response(own, other, batch["eps"]) == (0, 0)
+    assert fixed_batch(sd, DrawnImages(1, 64), schedule, 0) is None
 
 
 def test_interrupt_saves_and_goes_on(tmp_path, monkeypatch):
@@ -210,6 +254,7 @@ def test_optimizer_state_keeps_its_memory_format():
         (["--proportion-empty-prompts", "1.5"], "--proportion-empty-prompts"),
         (["--resolution", "100"], "--resolution 100"),
         (["--data", "nowhere"], "nowhere/prompt.json: no such file"),
+        (["--validation-hints", "0"], "--validation-hints 0"),
         (["--num-workers", "-1"], "--num-workers -1"),
         (["--seed", "-1"], "--seed -1"),
         (["--resume-from-checkpoint", "latest"], "has no checkpoint"),

@@ -1,0 +1,157 @@
+"""Scores of pictures whose scores are known, and the two steps that a log tells."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from standin import ROOT
+
+from data import SHAPES, DrawnImages, PairedImages, draw_scene, fit_image
+from metrics import (
+    best_shape,
+    circle_distance,
+    circle_iou,
+    colour_error,
+    growth_step,
+    hint_response,
+    is_circle_task,
+    jump_step,
+    prompt_colours,
+    segment,
+)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    pairs = DrawnImages(24, 128, seed=3)
+    hints, images = (torch.stack([part(i) for i in range(len(pairs))]) for part in (pairs.hint, pairs.image))
+    return hints, images, pairs.prompts
+
+
+def test_perfect_pictures(drawn):
+    hints, images, prompts = drawn
+    assert circle_iou(images, hints).shape == (24,)
+    assert circle_iou(images, hints).min() > 0.99  # pixels that the outline cuts may fall on either side
+    assert colour_error(images, hints, prompts).shape == (24, 2)
+    assert colour_error(images, hints, prompts).max() < 1e-6
+
+
+@pytest.mark.parametrize("resolution", [128, 512])
+def test_real_pairs(resolution):
+    """fill50k's own pictures, which went through SD's VAE; at 128 pixels its rings are grey."""
+    pairs = PairedImages(ROOT / "tests" / "fill50k", resolution)
+    hints, images = (torch.stack([part(i) for i in range(4)]) for part in (pairs.hint, pairs.image))
+    assert is_circle_task(hints, pairs.prompts)
+    assert circle_iou(images, hints).min() > 0.98
+    assert colour_error(images, hints, pairs.prompts).max() < 0.05
+
+
+def test_known_overlap():
+    """Discs of radius 30, 20 pixels apart: the lens between them has a closed form."""
+    y, x = np.mgrid[:128, :128] + 0.5
+    ring = abs(np.hypot(x - 60, y - 64) - 30) <= 0.64
+    disc = np.hypot(x - 80, y - 64) <= 30
+    hint = torch.from_numpy(ring).float().expand(1, 3, -1, -1)
+    image = torch.from_numpy(disc).float().expand(1, 3, -1, -1) * 2 - 1
+    lens = 2 * 30**2 * math.acos(20 / 60) - 20 / 2 * math.sqrt(4 * 30**2 - 20**2)
+    expected = lens / (2 * math.pi * 30**2 - lens)
+    assert circle_iou(image, hint).item() == pytest.approx(expected, abs=0.01)  # the pixels' staircase
+    assert circle_iou(-image, hint).item() == pytest.approx(expected, abs=0.01)  # whichever colour is which
+    assert circle_iou(torch.full_like(image, 0.3), hint).item() == 0  # nothing painted
+    assert circle_iou(0.3 + 0.01 * image, hint).item() == 0  # nothing that the eye could tell apart
+
+
+def test_random_discs_score_about_a_quarter(drawn):
+    hints, images, _ = drawn
+    assert circle_iou(images.roll(1, dims=0), hints).mean().item() == pytest.approx(0.24, abs=0.06)
+
+
+def test_noise_does_not_upset_the_segmentation(drawn):
+    hints, images, prompts = drawn
+    noisy = images + 0.03 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert circle_iou(noisy, hints).min() > 0.9
+    # the mean absolute value of a normal variable, and half of it, since [-1, 1] is two wide
+    expected = 0.03 * math.sqrt(2 / math.pi) / 2
+    assert colour_error(noisy, hints, prompts).mean().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_colour_error_is_of_disc_and_background(drawn):
+    hints, images, prompts = drawn
+    inside = torch.stack([circle_distance(hint) < 0 for hint in hints])[:, None]
+    changed = torch.where(inside, images + 0.2, images - 0.1)
+    errors = colour_error(changed, hints, prompts)
+    torch.testing.assert_close(errors, torch.tensor([[0.1, 0.05]]).expand(24, 2), atol=1e-6, rtol=0)
+    swapped = [" circle with ".join(reversed(p.removesuffix(" background").split(" circle with "))) for p in prompts]
+    assert colour_error(images, hints, [f"{p} background" for p in swapped]).min() > 0.08
+
+
+def test_a_clipped_circle_is_found_whole():
+    y, x = np.mgrid[:128, :128] + 0.5
+    hint = torch.from_numpy(abs(np.hypot(x - 30, y - 100) - 50) <= 0.64).float().expand(3, -1, -1)
+    distance = circle_distance(hint)
+    torch.testing.assert_close(distance, torch.from_numpy(np.hypot(x - 30, y - 100) - 50), atol=0.1, rtol=0)
+
+
+def test_other_tasks_are_not_scored(drawn):
+    hints, images, prompts = drawn
+    square = torch.zeros(1, 3, 128, 128)
+    square[:, :, 40:90, [40, 89]] = square[:, :, [40, 89], 40:90] = 1
+    assert is_circle_task(hints, prompts)
+    for bad in (square, torch.zeros_like(square), torch.ones_like(square), torch.rand(1, 3, 128, 128)):
+        assert not is_circle_task(bad, prompts[:1])
+        with pytest.raises(ValueError, match="no circle"):
+            circle_iou(images[:1], bad)
+    for prompt in ("a house", "", "coral circle with no such colour background"):
+        assert not is_circle_task(hints[:1], [prompt])
+    colours = prompt_colours("pale golden rod circle with light golden rod yellow background")
+    assert (colours * 255).round().tolist() == [[238, 232, 170], [250, 250, 210]]
+
+
+def test_shapes_are_told_apart():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        _, target, caption = draw_scene(rng, 128, SHAPES)
+        assert best_shape(segment(fit_image(target, 128) * 2 - 1)) == caption.split(" with ")[0].split()[-1]
+
+
+def test_hint_response():
+    eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert hint_response(eps, eps, eps) == (0, 0)
+    assert hint_response(eps, eps + 0.5, eps) == pytest.approx((0.5, 0.25), rel=1e-6)
+    assert hint_response(eps + 0.5, eps, eps) == pytest.approx((0.5, -0.25), rel=1e-6)  # the wrong hint is better
+    # float32 would lose a gap of 1e-10 beside a loss of 1
+    sensitivity, gap = hint_response(eps + 1, eps + 1 + 2**-20, eps)
+    assert sensitivity == pytest.approx(2**-20, rel=0.1)
+    assert gap == pytest.approx(2**-19, rel=0.1)
+
+
+def history(*sensitivities, gap=0.0):
+    return [
+        {"step": 10 * i, "hint_sensitivity": s, "hint_gap": gap, "heldout_loss": 0.02}
+        for i, s in enumerate(sensitivities)
+    ]
+
+
+def test_growth_is_told_from_noise():
+    noise = [0.0, 2e-7, 1.7e-6, 5e-7, 9e-7, 1.5e-6, 4e-7]
+    assert growth_step(history(*noise)) is None
+    assert growth_step(history(*noise, 6e-7, 1e-6, 1.6e-6, 2.8e-6, 5e-6)) == 100
+    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4)) == 30
+    assert growth_step(history(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
+    assert growth_step([{"step": 1, "loss": 0.1}]) is None
+
+
+def test_jump_is_a_fifth_of_the_loss():
+    flat = history(1e-3, 1e-3)
+    assert jump_step(flat) is None
+    late = history(1e-3, 1e-3, 1e-2, gap=0.005)[2:]
+    assert jump_step([*flat, {"step": 15, "loss": 0.1}, *late]) == 20
+
+
+def test_the_picture_of_a_real_hint_has_a_ring():
+    with Image.open(ROOT / "tests" / "fill50k" / "source" / "3.png") as picture:
+        hint = fit_image(picture, 512)
+    distance = circle_distance(hint)
+    assert distance[hint.mean(dim=0) > 0.5].abs().max() < 4  # a ring about 5 pixels wide
