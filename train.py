@@ -273,7 +273,7 @@ def main() -> None:
             if probe and done % preset.response_steps == 0:
                 entry |= respond()
                 shown["sensitivity"] = f"{entry['hint_sensitivity']:.1e}"
-            if args.validation_steps and (at_the_end or done % args.validation_steps == 0):
+            if args.validation_steps and done % args.validation_steps == 0:
                 entry |= preview(done)
             history.append(entry | {"seconds": round(time.time() - began, 2)})
             log.write(json.dumps(history[-1]) + "\n")
@@ -300,6 +300,8 @@ def main() -> None:
         options = [] if args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
         print(f"stopped at step {done}; go on with: {shlex.join(['python', *sys.argv, *options])}")
         return
+    if args.validation_steps and args.max_train_steps % args.validation_steps:
+        preview(args.max_train_steps)
     command = ["python", "sample.py", "--base", args.base, "--controlnet", str(output / "controlnet.safetensors")]
     hint = str(output / "previews" / "hint.png") if args.validation_steps else "HINT.png"
     print("now:", shlex.join([*command, "--hint", hint, "--prompt", held_out.prompts[0]]))

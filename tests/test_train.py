@@ -65,7 +65,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
         "step-5.png",
     }  # and at the end
     assert Image.open(folder / "previews" / "step-4.png").size == (60 + 4 * 64, 4 * 64 + 64)
-    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 5e-4
+    assert json.loads((folder / "config.json").read_text())["learning_rate"] == 1e-3
     metadata = read_tensors(folder / "controlnet.safetensors")[1]
     assert (metadata["base"], metadata["steps"], metadata["license"]) == ("tiny", "5", "Apache-2.0")
     assert json.loads(metadata["config"])["train_batch_size"] == 3
@@ -75,7 +75,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
 
     # A changed option is refused by name, and so is a folder that holds a run.
     changed = ["--learning-rate", "0.1", *resume]
-    with pytest.raises(UserError, match="--learning-rate 0.0005"):
+    with pytest.raises(UserError, match="--learning-rate 0.001"):
         run(monkeypatch, *QUICK, *changed)
     with pytest.raises(UserError, match="holds a run already"):
         run(monkeypatch, *QUICK, "--output-dir", folder)
