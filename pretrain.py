@@ -368,6 +368,7 @@ def measure(folder: Path) -> None:
     judged = torch.tensor([judge(sample, caption) for sample, caption in zip(samples, captions)]).mean(dim=0)
     print("UNet: colour error {:.3f} (shape), {:.3f} (background), right shape {:.3f}".format(*judged.tolist()))
     save_grid(TINY_FILE.parent / "samples.png", *samples[:64].split(16))
+    print("; ".join(captions[:16]))
 
 
 def main() -> None:
