@@ -127,16 +127,16 @@ def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float
 def growth_step(history: list[dict]) -> int | None:
     """The first logged step at which the hint sensitivity is seen to grow, or None.
 
-    Seen: it has risen three times running, and to 10 times its smallest value, so that rounding noise is not taken
-    for growth.
+    Seen: three times running it was 10 times its smallest value so far or more, so that neither rounding noise nor a
+    single spike is taken for growth.
     """
-    measured = [(entry["step"], entry["hint_sensitivity"]) for entry in history if entry.get("hint_sensitivity")]
-    smallest = math.inf
-    for i, (step, value) in enumerate(measured):
-        smallest = min(smallest, value)
-        last = [v for _, v in measured[max(i - 3, 0) : i + 1]]
-        if len(last) == 4 and last == sorted(last) and value >= GROWTH * smallest:
-            return step
+    smallest, running = math.inf, 0
+    for entry in history:
+        if value := entry.get("hint_sensitivity"):
+            smallest = min(smallest, value)
+            running = running + 1 if value >= GROWTH * smallest else 0
+            if running == 3:
+                return entry["step"]
     return None
 
 

@@ -137,8 +137,10 @@ def history(*sensitivities, gap=0.0):
 def test_growth_is_told_from_noise():
     noise = [0.0, 2e-7, 1.7e-6, 5e-7, 9e-7, 1.5e-6, 4e-7]
     assert growth_step(history(*noise)) is None
-    assert growth_step(history(*noise, 6e-7, 1e-6, 1.6e-6, 2.8e-6, 5e-6)) == 100
-    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4)) == 30
+    assert growth_step(history(*noise, 6e-7, 1e-6, 1.6e-6, 2.8e-6, 5e-6, 9e-6)) == 120
+    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4)) is None
+    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4, 4e-3)) == 40
+    assert growth_step(history(2e-7, 2.3e-7, 3.6e-7, 2.5e-6, 5e-7, 4e-7, 4e-7)) is None  # a spike
     assert growth_step(history(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
     assert growth_step([{"step": 1, "loss": 0.1}]) is None
 
