@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from files import UserError, read_tensors, save_json, save_tensors
+from files import UserError, read_log, read_tensors, save_json, save_tensors, write_atomically
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -87,3 +87,11 @@ def load_checkpoint(path: Path, module: nn.Module, optimizer: torch.optim.Optimi
     weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     module.load_state_dict(weights)
     load_optimizer_tensors(optimizer, tensors)
+
+
+def trim_log(path: Path, last_step: int) -> list[dict]:
+    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return kept

@@ -36,10 +36,14 @@ pale turquoise, pale violet red, papaya whip, peach puff, peru, pink, plum, powd
 rosy brown, royal blue, saddle brown, salmon, sandy brown, sea green, sea shell, sienna, silver, sky blue, slate blue,
 slate gray, snow, spring green, steel blue, tan, teal, thistle, tomato, turquoise, violet, wheat, white, white smoke,
 yellow, yellow green"""
-COLOURS = {
-    name: np.array(ImageColor.getrgb(name.replace(" ", "")), dtype=np.float32)
-    for name in COLOUR_NAMES.replace("\n", " ").split(", ")
-}
+
+
+def css_colour(name: str) -> np.ndarray:
+    """A CSS colour by its name, split into words or not: float32 [3], 0 to 255. Raises ValueError for another name."""
+    return np.array(ImageColor.getrgb(name.replace(" ", ""))[:3], dtype=np.float32)
+
+
+COLOURS = {name: css_colour(name) for name in COLOUR_NAMES.replace("\n", " ").split(", ")}
 SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart
 

@@ -5,17 +5,18 @@ The denoising loss hardly tells whether a ControlNet has learned its condition (
 
 import math
 import re
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageColor
 from torch import Tensor
 
-from data import SHAPES, signed_distance
+from data import SHAPES, css_colour, signed_distance
 
 EDGE = 0.02  # of the side: pixels so near to the outline are blends, and are left out of colours
 FLAT = 0.04  # mean absolute difference under which two colours count as one
+GRID, SIZES = 64, 25  # of best_shape
 GROWTH, JUMP = 10, 0.2  # see growth_step and jump_step
 
 
@@ -44,10 +45,10 @@ def prompt_colours(prompt: str) -> Tensor:
 
     Raises ValueError for another kind of prompt.
     """
-    names = re.fullmatch(r"(.+) (?:circle|square|triangle) with (.+) background", prompt.strip())
+    names = re.fullmatch(rf"(.+) (?:{'|'.join(SHAPES)}) with (.+) background", prompt.strip())
     if not names:
         raise ValueError(f"no colours in {prompt!r}")
-    return torch.tensor([ImageColor.getrgb(name.replace(" ", ""))[:3] for name in names.groups()]) / 255
+    return torch.from_numpy(np.stack([css_colour(name) for name in names.groups()])) / 255
 
 
 def is_circle_task(hints: Tensor, prompts: list[str]) -> bool:
@@ -148,22 +149,42 @@ def jump_step(history: list[dict]) -> int | None:
     return next((e["step"] for e in history if e.get("hint_gap", 0) >= JUMP * e.get("heldout_loss", 1)), None)
 
 
+@cache
+def shape_outlines() -> tuple[Tensor, Tensor]:
+    """data.SHAPES at 25 sizes from 1/8 to 1/2 of the side: their spectra, and how many pixels of each lie inside a
+    64 x 64 picture, [75, 64, 64] by the place of the centre.
+    """
+    y, x = np.mgrid[-GRID:GRID, -GRID:GRID]
+    radii = np.linspace(1 / 8, 1 / 2, SIZES) * GRID
+    outlines = np.stack([signed_distance(shape, x, y, radius) <= 0 for shape in SHAPES for radius in radii])
+    spectra = torch.fft.rfft2(torch.from_numpy(np.fft.ifftshift(outlines, (1, 2))).float()).conj()
+    return spectra, shared_pixels(torch.ones(GRID, GRID), spectra)
+
+
+def shared_pixels(picture: Tensor, spectra: Tensor) -> Tensor:
+    """Pixels that a picture [64, 64] shares with each outline at each place [75, 64, 64]: a correlation."""
+    padded = torch.fft.rfft2(picture, s=(2 * GRID, 2 * GRID))
+    return torch.fft.irfft2(padded * spectra)[:, :GRID, :GRID]
+
+
 def best_shape(mask: Tensor) -> str:
     """Which of data.SHAPES a segmented picture [H, W] shows: the one that covers it best, at any place and size.
 
-    Intersection over union with the outline of each shape, at 25 sizes from 1/8 to 1/2 of the side and at each place
-    of a 64 x 64 grid, clipped by the border.
+    Intersection over union with shape_outlines, clipped by the border, at each place of a 64 x 64 grid.
     """
-    size, radii = 64, np.linspace(1 / 8, 1 / 2, 25)
-    y, x = np.mgrid[-size:size, -size:size]
-    outlines = np.stack([signed_distance(shape, x, y, radius * size) <= 0 for shape in SHAPES for radius in radii])
-    spectrum = torch.fft.rfft2(torch.from_numpy(np.fft.ifftshift(outlines, (1, 2))).float()).conj()
+    spectra, areas = shape_outlines()
+    mask = (F.adaptive_avg_pool2d(mask[None].float(), GRID)[0] > 0.5).float()
+    both = shared_pixels(mask, spectra)
+    iou = both / (areas + mask.sum() - both).clamp(min=1)
+    return SHAPES[iou.flatten().argmax().item() // iou[:SIZES].numel()]
 
-    def common(picture: Tensor) -> Tensor:  # pixels [75, 64, 64] that the outlines share with it: a correlation
-        padded = torch.fft.rfft2(picture, s=(2 * size, 2 * size))
-        return torch.fft.irfft2(padded * spectrum)[:, :size, :size]
 
-    mask = (F.adaptive_avg_pool2d(mask[None].float(), size)[0] > 0.5).float()
-    both = common(mask)
-    iou = both / (common(torch.ones_like(mask)) + mask.sum() - both).clamp(min=1)
-    return SHAPES[iou.flatten().argmax().item() // iou[: len(radii)].numel()]
+def judge(sample: Tensor, caption: str) -> tuple[float, float, bool]:
+    """A sample against its caption: errors of the shape's and the background's median colours (mean absolute, 0 to
+    1), and whether it is the right shape. What is shape is told by segment, which by best_shape.
+    """
+    mask = segment(sample)
+    regions = (mask if mask.any() else ~mask, ~mask)  # without any shape, its colour is taken to be the background's
+    colours = torch.stack([sample[:, region].median(dim=1).values for region in regions]) / 2 + 0.5
+    errors = (colours - prompt_colours(caption)).abs().mean(dim=1)
+    return *errors.tolist(), mask.any().item() and f" {best_shape(mask)} with " in caption

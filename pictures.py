@@ -64,6 +64,7 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
         "iou": "IoU of the sampled disc with the hint's",
     }
     panels = {field: title for field, title in panels.items() if any(field in e for h in histories.values() for e in h)}
+    marks = [((":", growth_step(history)), ("--", jump_step(history))) for history in histories.values()]
     figure = Figure(figsize=(7, 1.9 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (field, title) in zip(axes, panels.items()):
@@ -77,7 +78,7 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
                 steps, values = np.append(0, steps), np.append(history[steps[0].astype(int) - 1]["base_iou"], values)
             marker = "." if len(values) < 60 else ""
             axis.plot(steps, values, color=f"C{i}", linewidth=1, marker=marker, label=label)
-            for style, step in ((":", growth_step(history)), ("--", jump_step(history))):
+            for style, step in marks[i]:
                 if step is not None:
                     axis.axvline(step, color=f"C{i}", linestyle=style, linewidth=0.8)
         if field == "hint_sensitivity":

@@ -22,7 +22,7 @@ from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
 from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
-from metrics import best_shape, prompt_colours, segment
+from metrics import judge
 from pictures import save_picture, to_picture
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
@@ -343,17 +343,6 @@ def pack(sd: StableDiffusion, folder: Path) -> None:
     merges = (folder / "merges.txt").read_bytes()
     write_atomically(TINY_FILE.parent / "merges.txt", lambda path: path.write_bytes(merges))
     print(f"wrote {TINY_FILE}, {TINY_FILE.stat().st_size / 1e6:.1f} MB")
-
-
-def judge(sample: Tensor, caption: str) -> tuple[float, float, bool]:
-    """A sample against its caption: errors of the shape's and the background's median colours (mean absolute, 0 to
-    1), and whether it is the right shape. What is shape is told by metrics.segment, which by metrics.best_shape.
-    """
-    mask = segment(sample)
-    regions = (mask if mask.any() else ~mask, ~mask)  # without any shape, its colour is taken to be the background's
-    colours = torch.stack([sample[:, region].median(dim=1).values for region in regions]) / 2 + 0.5
-    errors = (colours - prompt_colours(caption)).abs().mean(dim=1)
-    return *errors.tolist(), mask.any().item() and f" {best_shape(mask)} with " in caption
 
 
 @torch.no_grad()

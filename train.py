@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint, load_checkpoint, resumed_step, save_checkpoint
+from checkpoints import find_checkpoint, load_checkpoint, resumed_step, save_checkpoint, trim_log
 from controlnet import ControlNet
 from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, check_resolution, fetch_fill50k
 from diffusion import NoiseSchedule, denoising_loss
-from files import ArgumentParser, UserError, read_log, run, save_json, write_atomically
+from files import ArgumentParser, UserError, run, save_json
 from metrics import circle_iou, colour_error, growth_step, hint_response, is_circle_task, jump_step
 from pictures import contact_sheet, plot_convergence, save_picture, to_picture
 from sample import generate
@@ -112,14 +112,6 @@ def generator_for(*key: int) -> torch.Generator:
     The key is hashed, since torch's CPU generator keeps only the lower 32 bits of a seed.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def trim_log(path: Path, last_step: int) -> list[dict]:
-    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-    return kept
 
 
 @torch.no_grad()
@@ -279,10 +271,11 @@ def main() -> None:
             log.write(json.dumps(history[-1]) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{step_loss:.4f}", **shown)
-            if growth_step(history) == done:
+            measured = "hint_sensitivity" in entry  # only then can the whole log say something new
+            if measured and growth_step(history) == done:
                 bar.write(f"step {done}: the hint begins to count, its sensitivity is {entry['hint_sensitivity']:.1e} "
                           "and growing; the samples do not show it yet")  # fmt: skip
-            if jump_step(history) == done:
+            if measured and jump_step(history) == done:
                 bar.write(f"step {done}: the jump has come: with another pair's hint the held-out loss is "
                           f"{entry['hint_gap'] / entry['heldout_loss']:.0%} higher")  # fmt: skip
             if "iou" in entry:
