@@ -9,15 +9,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from files import ArgumentParser, UserError, fetch, run, save_json
+from files import ArgumentParser, UserError, fetch, fit_image, open_image, read_image, run, save_json
 
 # The 139 distinct CSS colours, their names split into words as in fill50k's prompts.
 COLOUR_NAMES = """\
@@ -96,38 +97,6 @@ def check_resolution(resolution: int | None) -> None:
         raise UserError(f"--resolution {resolution}: must be a multiple of 64")
 
 
-def fit_image(image: Image.Image, resolution: int, square: bool = True) -> torch.Tensor:
-    """Any picture -> [3, H, W] in [0, 1]: the shorter side to `resolution`, antialiased bilinear, then the centre.
-
-    The centre is a square, or else the largest part whose sides are multiples of 64.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is background: black
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    crop_width, crop_height = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    pixels = np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
-
-
-def read_image(path: Path, resolution: int, square: bool = True) -> torch.Tensor:
-    """fit_image of a file. Raises UserError when it is missing or no picture."""
-    try:
-        with Image.open(path) as image:
-            return fit_image(image, resolution, square)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read as a picture ({error}): save it again as PNG or JPEG") from None
-
-
 class Pairs(Dataset):
     """What a set of pairs has: `prompts`, and hints and images by index, squares of `resolution` pixels."""
 
@@ -142,6 +111,14 @@ class Pairs(Dataset):
         """The target, [3, H, W] in [-1, 1]."""
         raise NotImplementedError
 
+    def name(self, index: int) -> str:
+        """What a message calls the pair."""
+        raise NotImplementedError
+
+    def stamp(self) -> list:
+        """What changes when a picture does: sizes and times of the files."""
+        return []
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -149,45 +126,86 @@ class Pairs(Dataset):
         return {"hint": self.hint(index), "image": self.image(index), "prompt": self.prompts[index]}
 
 
-class PairedImages(Pairs):
-    """A folder in fill50k's layout: prompt.json, one {"source", "target", "prompt"} a line, paths inside the folder.
+# Listings of pairs that are read, one JSON object a line, with their names for hint, target and prompt: fill50k's, and
+# the Hugging Face one for folders of images.
+LAYOUTS = {
+    "prompt.json": (("source",), ("target",), ("prompt",)),
+    "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"), ("file_name", "image"), ("text",)),
+}
+BROKEN_SHOWN = 20
 
-    Raises UserError for the first broken line, and when a picture turns out to be missing or unreadable.
+
+class PairedImages(Pairs):
+    """A folder of pairs with prompt.json or metadata.jsonl (LAYOUTS) in it, paths inside the folder.
+
+    Every line is read and every picture opened at once, so that nothing breaks in the middle of a training. Raises
+    UserError that lists the broken entries, the first 20 of them and their number.
     """
 
     def __init__(self, root: str | Path, resolution: int):
         self.root, self.resolution = Path(root), resolution
-        self.prompts, self.sources, self.targets = [], [], []
-        listing = self.root / "prompt.json"
-        if not listing.is_file():
-            raise UserError(f"{listing}: no such file; the data folder needs one line a pair there, as fill50k has")
-        for number, line in enumerate(listing.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
+        listing = next((self.root / name for name in LAYOUTS if (self.root / name).is_file()), None)
+        if listing is None:
+            raise UserError(f"{self.root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, "
+                            "or a metadata.jsonl")  # fmt: skip
+
+        def read(numbered: tuple[int, bytes]) -> tuple[Path, Path, str] | str:
+            number, line = numbered
             try:
-                entry = json.loads(line.decode("utf-8-sig"))
-                source, target, prompt = entry["source"], entry["target"], entry["prompt"]
-                if not isinstance(prompt, str):
-                    raise TypeError(f"prompt is {prompt!r}")
-                paths = [(self.root / name).resolve() for name in (source, target)]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f'{listing} line {number}: expected {{"source": …, "target": …, "prompt": …}} ({error!r})'
-                ) from None
-            for path in paths:
-                if not path.is_relative_to(self.root.resolve()) or not path.is_file():
-                    raise UserError(f"{listing} line {number}: {path} is missing or outside the folder")
-            self.sources.append(paths[0])
-            self.targets.append(paths[1])
-            self.prompts.append(prompt)
-        if not self.prompts:
-            raise UserError(f"{listing} has no pairs")
+                return self.read_line(line, *LAYOUTS[listing.name])
+            except UserError as error:
+                return f"{listing} line {number}: {error}"
+
+        lines = [(n, line) for n, line in enumerate(listing.read_bytes().split(b"\n"), start=1) if line.strip()]
+        with ThreadPool() as pool:  # Pillow decodes outside Python's lock
+            entries = list(tqdm(pool.imap(read, lines, 16), f"checking {self.root}", len(lines), unit="pair", delay=2))
+        broken = [entry for entry in entries if isinstance(entry, str)]
+        if len(broken) == 1:
+            raise UserError(broken[0])
+        if broken:
+            raise UserError(f"{listing}: {len(broken)} of {len(entries)} entries are broken; mend or remove them",
+                            details=broken[:BROKEN_SHOWN])  # fmt: skip
+        if not entries:
+            raise UserError(f"{listing} has no pairs: add one line a pair")
+        self.hints, self.targets, self.prompts = map(list, zip(*entries))
+
+    def read_line(self, line: bytes, *names: tuple[str, ...]) -> tuple[Path, Path, str]:
+        """One line of a listing -> (hint, target, prompt), both pictures opened. Raises UserError without the place."""
+        expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
+        try:
+            entry = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"no JSON ({error}); expected {expected}") from None
+        values = []
+        for keys in names:
+            key = next((key for key in keys if isinstance(entry, dict) and key in entry), None)
+            if key is None or not isinstance(entry[key], str):
+                raise UserError(f'no text under "{keys[0]}"; expected {expected}')
+            values.append(entry[key])
+        *pictures, prompt = values
+        paths = [self.root / name for name in pictures]
+        sizes = []
+        for name, path in zip(pictures, paths):
+            if "\0" in name or not path.resolve().is_relative_to(self.root.resolve()):
+                raise UserError(f"{name!r} lies outside the folder; move the picture into it")
+            sizes.append(open_image(path).size)
+        (width, height), (target_width, target_height) = sizes  # of any size, but alike
+        if abs(width * target_height - height * target_width) > 0.01 * width * target_height:
+            shapes = f"{width}x{height}, target {pictures[1]} {target_width}x{target_height}"
+            raise UserError(f"hint {pictures[0]} is {shapes}; crop them alike")
+        return *paths, prompt
 
     def hint(self, index: int) -> torch.Tensor:
-        return read_image(self.sources[index], self.resolution)
+        return read_image(self.hints[index], self.resolution)
 
     def image(self, index: int) -> torch.Tensor:
         return read_image(self.targets[index], self.resolution) * 2 - 1
+
+    def name(self, index: int) -> str:
+        return str(self.targets[index])
+
+    def stamp(self) -> list:
+        return [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.targets]
 
 
 class DrawnImages(Pairs):
@@ -204,6 +222,9 @@ class DrawnImages(Pairs):
     def image(self, index: int) -> torch.Tensor:
         return fit_image(draw_fill50k(index, self.resolution, self.seed)[1], self.resolution) * 2 - 1
 
+    def name(self, index: int) -> str:
+        return f"drawn pair {index}"
+
 
 class Selected(Pairs):
     """Some pairs of another set."""
@@ -217,6 +238,21 @@ class Selected(Pairs):
 
     def image(self, index: int) -> torch.Tensor:
         return self.pairs.image(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.pairs.name(self.indices[index])
+
+    def stamp(self) -> list:
+        return self.pairs.stamp()
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A generator of its own for each use, so that a resumed run goes on as if it had not stopped.
+
+    Uses are a batch's noise (seed, 0, batch), an epoch's order (seed, 1, epoch), the held-out pairs (seed, 2).
+    The key is hashed, since torch's CPU generator keeps only the lower 32 bits of a seed.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def fetch_fill50k(folder: Path = Path("fill50k")) -> Path:
@@ -267,6 +303,7 @@ class CachedPairs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {
+            "index": index,
             "hint": self.pairs.hint(index),
             "moments": self.row("moments.npy", index),  # [8, H/8, W/8]
             "context": self.row("contexts.npy", self.context_index[index]),  # [77, D]
@@ -332,15 +369,18 @@ def main() -> None:
         raise UserError("--count and --size must be 1 or more, --seed 0 or more")
     if (args.output / "prompt.json").exists():
         raise UserError(f"{args.output} holds pairs already: choose another --output")
-    for part in ("source", "target"):
-        (args.output / part).mkdir(parents=True, exist_ok=True)
-    with open(args.output / "prompt.json", "w", encoding="utf-8") as listing:
-        for i in tqdm(range(args.count), desc="drawing"):
-            hint, target, prompt = draw_fill50k(i, args.size, args.seed)
-            hint.save(args.output / f"source/{i}.png")
-            target.save(args.output / f"target/{i}.png")
-            entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
-            listing.write(json.dumps(entry) + "\n")
+    try:
+        for part in ("source", "target"):
+            (args.output / part).mkdir(parents=True, exist_ok=True)
+        with open(args.output / "prompt.json", "w", encoding="utf-8") as listing:
+            for i in tqdm(range(args.count), desc="drawing"):
+                hint, target, prompt = draw_fill50k(i, args.size, args.seed)
+                hint.save(args.output / f"source/{i}.png")
+                target.save(args.output / f"target/{i}.png")
+                entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+                listing.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {args.output} ({error}): make room or choose another --output") from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 from standin import ROOT
 
-from data import COLOURS, DrawnImages, PairedImages, Selected, cache_latents, draw_fill50k, fetch_fill50k, fit_image
-from files import UserError
+from data import COLOURS, DrawnImages, PairedImages, Selected, cache_latents, draw_fill50k, fetch_fill50k
+from files import UserError, fit_image
 
 SAMPLE = ROOT / "tests" / "fill50k"  # four real pairs
 
@@ -101,29 +102,35 @@ def test_sizes():
     assert grey.std() < 0.02 and abs(grey.mean() - 0.5) < 0.02
 
 
-def test_broken_entries_are_named(tmp_path):
-    def error(*lines) -> str:
-        (tmp_path / "prompt.json").write_text("\n".join(lines))
-        with pytest.raises(UserError) as raised:
-            pairs = PairedImages(tmp_path, 64)
-            pairs.hint(0)
-        return str(raised.value)
+def test_hugging_face_layout(tmp_path):
+    """metadata.jsonl, with either name of the hint's column; the same pairs as from prompt.json."""
+    shutil.copytree(SAMPLE, tmp_path / "hf")
+    (tmp_path / "hf" / "prompt.json").unlink()
+    entries = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
+    for hint_key, target_key in (("conditioning_image", "file_name"), ("conditioning_image_file_name", "image")):
+        lines = [{target_key: e["target"], hint_key: e["source"], "text": e["prompt"]} for e in entries]
+        (tmp_path / "hf" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ours, theirs = PairedImages(tmp_path / "hf", 64), PairedImages(SAMPLE, 64)
+        assert ours.prompts == theirs.prompts
+        assert all(torch.equal(ours.hint(i), theirs.hint(i)) for i in range(4))
+        assert all(torch.equal(ours.image(i), theirs.image(i)) for i in range(4))
+        assert ours.name(2) == str(tmp_path / "hf" / entries[2]["target"])
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    good = json.dumps({"source": "a.png", "target": "a.png", "prompt": ""})
-    assert "prompt.json line 2" in error(good, "{not json")
-    assert "'target'" in error('{"source": "a.png", "prompt": ""}')
-    assert "b.png is missing" in error('{"source": "b.png", "target": "a.png", "prompt": ""}')
-    assert "outside the folder" in error('{"source": "../../../etc/passwd", "target": "a.png", "prompt": ""}')
-    assert "can't be read as a picture" in error('{"source": "broken.png", "target": "a.png", "prompt": ""}')
-    assert "line 1" in error('{"source": "a.png", "target": "a.png", "prompt": null}')
-    assert "has no pairs" in error("")
-    (tmp_path / "prompt.json").write_bytes(b"\xef\xbb\xbf" + good.encode() + b"\r\n" + b'{"source": "\xff"}')
-    with pytest.raises(UserError, match=r"prompt.json line 2"):
-        PairedImages(tmp_path, 64)
-    with pytest.raises(UserError, match="no such file"):
-        PairedImages(tmp_path / "nowhere", 64)
+
+def test_pairs_of_odd_files(tmp_path):
+    """A byte order mark, Windows line ends, blank lines; pictures of other sizes, turned by EXIF, but of one shape."""
+    Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = Image.new("RGB", (64, 128))
+    turned.paste((255, 255, 255), (0, 0, 64, 64))
+    turned.save(tmp_path / "b.jpg", exif=exif)
+    line = json.dumps({"source": "a.png", "target": "b.jpg", "prompt": ""}).encode()
+    (tmp_path / "prompt.json").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
+    pairs = PairedImages(tmp_path, 64)
+    assert pairs.prompts == ["", ""]
+    assert pairs.image(0)[:, :, 40:].mean() > 0.9  # the upper half is the right one now
+    assert pairs.image(0)[:, :, :24].mean() < -0.9
 
 
 @pytest.mark.parametrize("inside", ["fill50k/", ""])

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from standin import ROOT
 
-from data import SHAPES, DrawnImages, PairedImages, draw_scene, fit_image
+from data import SHAPES, DrawnImages, PairedImages, draw_scene
+from files import fit_image
 from metrics import (
     best_shape,
     circle_distance,
