@@ -300,7 +300,8 @@ def train_unet(folder: Path) -> None:
     load_trained(folder, "text", sd.text_encoder, "text.")
     sd.vae.requires_grad_(False)
     moments, captions = encode_scenes(folder, sd.vae)
-    sd.latent_scale = round(1 / sd.sample_latents(moments[:1000], torch.Generator().manual_seed(SEED)).std().item(), 5)
+    noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
+    sd.latent_scale = round(1 / sd.sample_latents(moments[:1000], noise).std().item(), 5)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     # Colours are chosen where z_t is nearly pure noise, and there ε is all but known: an error in the picture counts
     # for SNR times as much in ε. So those steps weigh more, as in a loss on z_0; less in the second half, for shapes.
@@ -312,8 +313,8 @@ def train_unet(folder: Path) -> None:
         chosen = torch.randint(len(moments), (32,), generator=generator)
         prompts = ids[chosen]
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
-        z0 = sd.sample_latents(moments[chosen], generator).contiguous(memory_format=torch.channels_last)
-        eps = torch.randn(z0.shape, generator=generator)
+        noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
+        z0 = sd.sample_latents(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
         t = torch.randint(schedule.steps, (len(z0),), generator=generator)
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))

@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
-from data import check_resolution, read_image
+from data import check_resolution
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from files import ArgumentParser, UserError, locate, run
+from files import ArgumentParser, UserError, choose_device, locate, make_folder, read_image, read_tensors, run
 from pictures import save_picture, side_by_side, to_picture
 from stable_diffusion import StableDiffusion
-from weights import load_controlnet
+from weights import load_controlnet, load_official, official_state_dict
 
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 
@@ -79,11 +79,24 @@ def generate(
         return guided_noise(*eps.chunk(2), guidance_scale) if guided else eps
 
     # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
-    bfloat16 = device.type == "cuda" or sd.unet.conv_out.weight.dtype == torch.bfloat16
+    bfloat16 = device.type == "cuda" or sd.unet.encoder[0].conv.weight.dtype == torch.bfloat16
     noise = torch.Generator(device).manual_seed(seed)
     z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, noise)
     bar.close()
     return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
+
+
+def load_decoders(sd: StableDiffusion, paths: list[Path]) -> None:
+    """Put the UNet's decoder that came with a ControlNet (train.py --unlock-decoder) in the base's place.
+
+    Raises UserError when two of them brought one.
+    """
+    marked = [path for path in paths if not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]]
+    if len(marked) > 1:
+        raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
+    for path in marked:
+        tensors, _ = read_tensors(path)
+        load_official(sd.unet, official_state_dict(sd.unet) | tensors, str(path))
 
 
 def warn_if_cut(sd: StableDiffusion, prompt: str) -> None:
@@ -114,6 +127,7 @@ def parse_arguments():
     add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
     add("--resolution", type=int, help="shorter side in pixels, a multiple of 64 (default: tiny 128, sd15 512)")
     add("--seed", type=int, default=0, help="sample i starts from seed + i")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     add("--output", type=Path, default=Path("out.png"), help="the row of hint and samples; samples go to out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
@@ -139,6 +153,7 @@ def parse_arguments():
 
 def main() -> None:
     args = parse_arguments()
+    device = choose_device(args.device)
     resolution = args.resolution or 512  # for a first look at the hints, before a base is loaded
     for path in args.hint:
         read_image(path, resolution)
@@ -147,7 +162,7 @@ def main() -> None:
 
     sd = StableDiffusion.load(args.base)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load_decoders(sd, paths)
     for module in (sd, *controlnets):
         module.to(device)
     resolution = args.resolution or sd.preset.resolution
@@ -157,6 +172,7 @@ def main() -> None:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
     for prompt in (args.prompt, args.negative_prompt):
         warn_if_cut(sd, prompt)
+    make_folder(args.output.absolute().parent)
 
     settings = {
         "base": args.base,
@@ -194,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "a lower --resolution or --num-samples")

@@ -11,7 +11,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from files import UserError, fetch, locate, read_tensors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
-from weights import PREFIXES, likely_cause, load_official
+from weights import PREFIXES, RULES, likely_cause, load_official, translate, unet_config
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_FILE = "v1-5-pruned-emaonly.safetensors"
@@ -144,12 +144,14 @@ class StableDiffusion(nn.Module):
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> a scaled sample [B, 4, H/8, W/8] of their latent distribution."""
-        return self.sample_latents(self.vae.encode(images), generator)
-
-    def sample_latents(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Moments [B, 8, h, w] -> scaled latents [B, 4, h, w]: mean + σ · noise, times the scale."""
-        mean, log_variance = moments.chunk(2, dim=1)
+        moments = self.vae.encode(images)
+        mean = moments[:, : moments.shape[1] // 2]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.sample_latents(moments, noise)
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Moments [B, 8, h, w] and normal noise [B, 4, h, w] -> scaled latents: mean + σ · noise, times the scale."""
+        mean, log_variance = moments.chunk(2, dim=1)
         return self.latent_scale * (mean + (log_variance.clamp(-30, 20) / 2).exp() * noise)
 
     def decode_latents(self, z: Tensor) -> Tensor:
@@ -188,23 +190,16 @@ def read_configs(tensors: dict[str, Tensor], metadata: dict[str, str], path: Pat
     def count(template: str) -> int:
         return next(i for i in range(100) if template.format(i) not in tensors)
 
-    unet, vae, text = (PREFIXES[part] for part in (UNet, AutoencoderKL, CLIPTextModel))
-    width = shape(f"{unet}input_blocks.0.0.weight")[0]
-    to_k = shape(f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    def official(name: str) -> str:
+        return PREFIXES[UNet] + translate(name, RULES[UNet])
+
+    vae, text = PREFIXES[AutoencoderKL], PREFIXES[CLIPTextModel]
+    out_channels = shape(official("conv_out.weight"))[0]
     vae_width = shape(f"{vae}encoder.conv_in.weight")[0]
     vocab_size, text_width = shape(f"{text}embeddings.token_embedding.weight")
     return {
-        "unet": UNetConfig(
-            in_channels=shape(f"{unet}input_blocks.0.0.weight")[1],
-            out_channels=shape(f"{unet}out.2.weight")[0],
-            model_channels=width,
-            channel_mult=tuple(
-                shape(f"{unet}input_blocks.{3 * level + 1}.0.out_layers.3.weight")[0] // width for level in range(4)
-            ),
-            attention_levels=tuple(
-                level for level in range(4) if f"{unet}input_blocks.{3 * level + 1}.1.norm.weight" in tensors
-            ),
-            context_dim=to_k[1],
+        "unet": unet_config(
+            lambda name: shape(official(name)), lambda name: official(name) in tensors, out_channels=out_channels
         ),
         "vae": VAEConfig(
             channels=vae_width,

@@ -4,9 +4,11 @@ One table of rules gives for each of our tensor names the official one; loading 
 Everything is checked: a missing, unknown or misshapen name inside a part is an error, never passed over.
 """
 
+import json
 import re
-from collections.abc import Mapping
-from functools import cache
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from files import UserError, read_tensors, save_json, save_tensors
-from unet import UNet
+from files import ArgumentParser, UserError, read_json, read_tensors, run, save_json, save_tensors
+from unet import UNet, UNetConfig
 from vae import AutoencoderKL
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,6 +230,54 @@ def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     fill(module, tensors, official_layout(module), PREFIXES[type(module)], source)
 
 
+def unet_config(shape: Callable[[str], list[int]], has: Callable[[str], bool], **others) -> UNetConfig:
+    """Widths and depths of a UNet, or of the encoder that a ControlNet copies, read off its tensors' shapes.
+
+    `shape` and `has` take our tensor names. `others` are fields that no shape shows: heads and norm groups.
+    """
+    levels = range(len(UNetConfig().channel_mult))
+    width, in_channels = shape("encoder.0.conv.weight")[:2]
+    return UNetConfig(
+        in_channels=in_channels,
+        model_channels=width,
+        channel_mult=tuple(shape(f"encoder.{3 * level + 1}.resnet.conv2.weight")[0] // width for level in levels),
+        attention_levels=tuple(level for level in levels if has(f"encoder.{3 * level + 1}.transformer.norm.weight")),
+        context_dim=shape("encoder.1.transformer.cross_attention.to_k.weight")[1],
+        **others,
+    )
+
+
+def open_controlnet(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str], Callable[[str], str], str]:
+    """The tensors of a ControlNet's file or diffusers folder, its metadata, a function from our tensor names to
+    the file's, and the layout's name. Raises UserError as read_tensors does, or when it is no ControlNet.
+    """
+    path, settings = Path(path), {}
+    if path.is_dir():
+        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+        files = [path / name for name in names if (path / name).is_file()]
+        if not files:
+            raise UserError(f"{path}: no {names[0]} in this folder; pass a ControlNet's file or diffusers folder")
+        settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        path = files[0]
+    tensors, metadata = read_tensors(path)
+    if settings:
+        hidden = {"num_heads": settings.get("attention_head_dim"), "norm_groups": settings.get("norm_num_groups")}
+        metadata |= {"unet": json.dumps({name: value for name, value in hidden.items() if isinstance(value, int)})}
+    prefix = PREFIXES[ControlNet]
+    if "input_hint_block.0.weight" in tensors:  # official names without their prefix
+        tensors = {prefix + name: value for name, value in tensors.items()}
+    if metadata.get("copy") == "lite":
+        layout, name = "lite", str
+    elif any(name.startswith("controlnet_cond_embedding.") for name in tensors):
+        layout, name = "diffusers", partial(translate, rules=DIFFUSERS)
+    else:
+        layout, name = "official", lambda ours: prefix + translate(ours, RULES[ControlNet])
+    first_missing = next((name(width) for width in HINT_WIDTHS if name(width) not in tensors), None)
+    if first_missing is not None:
+        raise UserError(f"{path}: {first_missing} is missing, so this is no ControlNet{likely_cause(tensors)}")
+    return tensors, metadata, name, layout
+
+
 def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     """A ControlNet in float32, for `unet`'s sizes, from any of the layouts in use.
 
@@ -235,37 +285,13 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     one in diffusers' layout, one of our own "lite" ablation, or a diffusers folder. Raises UserError as read_tensors
     and load_official do.
     """
-    path = Path(path)
-    if path.is_dir():
-        names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files:
-            raise UserError(f"{path}: no {names[0]} in this folder; pass a ControlNet's file or diffusers folder")
-        path = files[0]
-    tensors, metadata = read_tensors(path)
-    prefix = PREFIXES[ControlNet]
-    diffusers = any(name.startswith("controlnet_cond_embedding.") for name in tensors)
-    lite = metadata.get("copy") == "lite"
-    if "input_hint_block.0.weight" in tensors:  # official names without their prefix
-        tensors = {prefix + name: value for name, value in tensors.items()}
-
-    if lite:
-        hint_names = HINT_WIDTHS
-    elif diffusers:
-        hint_names = [translate(name, DIFFUSERS) for name in HINT_WIDTHS]
-    else:
-        hint_names = [prefix + translate(name, RULES[ControlNet]) for name in HINT_WIDTHS]
-    first_missing = next((name for name in hint_names if name not in tensors), None)
-    if first_missing is not None:
-        raise UserError(f"{path}: {first_missing} is missing, so this is no ControlNet{likely_cause(tensors)}")
+    tensors, _, name, layout = open_controlnet(path)
     with torch.device("meta"):
-        shapes = UNet(unet.config)
-        hint_channels = tuple(len(tensors[name]) for name in hint_names)
-        controlnet = ControlNet.from_unet(shapes, hint_channels, copy="lite" if lite else "full")
-    if diffusers:
-        fill(controlnet, tensors, rename(controlnet, DIFFUSERS), "", str(path))
-    else:
-        load_official(controlnet, tensors, str(path))
+        hint_channels = tuple(len(tensors[name(width)]) for width in HINT_WIDTHS)
+        copy = "lite" if layout == "lite" else "full"
+        controlnet = ControlNet.from_unet(UNet(unet.config), hint_channels, copy=copy)
+    names = {ours: name(ours) for ours in controlnet.state_dict()}
+    fill(controlnet, tensors, names, PREFIXES[ControlNet] if layout == "official" else "", str(path))
     return controlnet
 
 
@@ -274,18 +300,25 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
 
 
 def save_controlnet(
-    controlnet: ControlNet, path: str | Path, layout: str = "official", metadata: dict[str, str] | None = None
+    controlnet: ControlNet,
+    path: str | Path,
+    layout: str = "official",
+    metadata: dict[str, str] | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a ControlNet for other programs.
 
     "official": one .safetensors with the prefix control_model., which A1111, ComfyUI and diffusers read.
+    `others` are more tensors for that file, under official names: the base's decoder if it was trained too.
     "diffusers": a folder with config.json, for ControlNetModel.from_pretrained.
     The "lite" ablation exists only here: it is written under our own names, marked in the metadata, and has no
     diffusers layout. Raises UserError for that, or when writing fails; ValueError for another layout.
     """
     if layout == "official":
-        metadata = (metadata or {}) | ({"copy": "lite"} if controlnet.lite else {})
-        save_tensors(official_state_dict(controlnet), path, metadata)
+        config = controlnet.config
+        hidden = {"num_heads": config.num_heads, "norm_groups": config.norm_groups}  # which no shape shows
+        metadata = (metadata or {}) | {"unet": json.dumps(hidden)} | ({"copy": "lite"} if controlnet.lite else {})
+        save_tensors(official_state_dict(controlnet) | dict(others or {}), path, metadata)
     elif layout == "diffusers":
         if controlnet.lite:
             raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")
@@ -318,3 +351,47 @@ def diffusers_config(controlnet: ControlNet) -> dict:
         "norm_eps": 1e-5,
         "norm_num_groups": config.norm_groups,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Turn a ControlNet's file into the other layout.")
+    parser.add_argument("source", metavar="IN", type=Path, help="a ControlNet's file or diffusers folder")
+    parser.add_argument("output", metavar="OUT", type=Path, help="a .safetensors file, for diffusers a folder")
+    parser.add_argument("--layout", choices=("official", "diffusers"), required=True, help="of OUT")
+    parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp32", help="default: fp32")
+    args = parser.parse_args()
+    if args.layout == "official" and args.output.suffix != ".safetensors":
+        raise UserError(f"{args.output}: must end in .safetensors for --layout official")
+    if args.layout == "diffusers" and args.output.is_file():
+        raise UserError(f"{args.output} is a file: --layout diffusers writes a folder, name another OUT")
+
+    tensors, metadata, name, layout = open_controlnet(args.source)
+    if layout == "lite":
+        raise UserError(f"{args.source} is a ControlNet-lite, which has no layout but this project's own")
+    try:
+        hidden = {key: int(value) for key, value in json.loads(metadata.get("unet", "{}")).items()}
+        config = unet_config(lambda ours: list(tensors[name(ours)].shape), lambda ours: name(ours) in tensors, **hidden)
+        with torch.device("meta"):
+            unet = UNet(config)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{args.source} is no ControlNet of Stable Diffusion 1.x ({error!r}): fetch it again") from None
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    controlnet = load_controlnet(args.source, unet).to(dtype)
+    kept = {key: value for key, value in metadata.items() if key != "format"}
+    decoder = {}
+    if "unlock_decoder" in metadata:
+        decoder = {name: tensor.to(dtype) for name, tensor in tensors.items() if name.startswith(PREFIXES[UNet])}
+    save_controlnet(controlnet, args.output, args.layout, kept, decoder)
+    print(f"{args.source}: ControlNet in the {layout} layout, {len(controlnet.state_dict())} tensors")
+    if decoder and args.layout == "diffusers":
+        print("warning: the decoder trained with it stays behind, diffusers' layout has no place for it: without "
+              "it pictures differ", file=sys.stderr)  # fmt: skip
+    print(f"wrote {args.output}, {args.layout} layout, {args.dtype}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -8,8 +8,8 @@ from standin import ROOT
 
 import pretrain
 from clip_text import Tokenizer
-from data import COLOURS, fit_image
-from files import read_tensors
+from data import COLOURS
+from files import fit_image, read_tensors
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 

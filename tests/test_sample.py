@@ -8,9 +8,8 @@ from standin import ROOT
 
 import sample
 from controlnet import ControlNet, control_weights
-from data import read_image
 from diffusion import NoiseSchedule
-from files import UserError
+from files import UserError, read_image
 from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
 from weights import save_controlnet

@@ -1,5 +1,6 @@
 """Names in both directions, the layouts of other programs, and what a file that does not fit says."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -9,13 +10,21 @@ import torch
 from safetensors.torch import save_file
 from standin import CONFIGS, MANIFEST, ROOT, deviation, golden, small_unet, stand_in
 
+import weights
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from files import UserError, fetch, locate, read_tensors
 from stable_diffusion import StableDiffusion
 from unet import UNet
 from vae import AutoencoderKL
-from weights import load_controlnet, load_official, official_layout, official_state_dict, save_controlnet
+from weights import (
+    diffusers_config,
+    load_controlnet,
+    load_official,
+    official_layout,
+    official_state_dict,
+    save_controlnet,
+)
 
 
 def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -108,7 +117,8 @@ def test_diffusers_reads_ours_and_we_read_theirs(controlnet, tmp_path, monkeypat
     arrays = golden("small")
     ours = controlnet(arrays["x"], arrays["hint"], arrays["t"], arrays["text"])
     save_controlnet(controlnet, tmp_path / "folder", layout="diffusers")
-    save_controlnet(controlnet, tmp_path / "single.safetensors")
+    decoder = {k: v for k, v in official_state_dict(small_unet()).items() if ".output_blocks." in k or ".out." in k}
+    save_controlnet(controlnet, tmp_path / "single.safetensors", others=decoder)  # as train.py --unlock-decoder
     theirs = [
         ControlNetModel.from_pretrained(tmp_path / "folder"),
         ControlNetModel.from_single_file(
@@ -358,3 +368,37 @@ def test_sd15_fetches_weights_and_merges(checkpoint, hub, monkeypatch):
 
     assert load_tokenizer(small, 600).start == 598
     assert asked[-1] == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/merges.txt")
+
+
+def convert(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
+    weights.main()
+
+
+def test_converting_there_and_back(controlnet, tmp_path, monkeypatch, capsys):
+    """Tensor by tensor; the sizes that no shape shows go along in the metadata and in config.json."""
+    save_controlnet(controlnet, tmp_path / "a.safetensors", metadata={"license": "x"})
+    convert(monkeypatch, tmp_path / "a.safetensors", tmp_path / "b", "--layout", "diffusers")
+    convert(monkeypatch, tmp_path / "b", tmp_path / "c.safetensors", "--layout", "official")
+    convert(monkeypatch, tmp_path / "c.safetensors", tmp_path / "d", "--layout", "diffusers", "--dtype", "fp16")
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'b'}: ControlNet in the diffusers layout, 340 tensors" in output
+    (a, metadata), (c, _) = (read_tensors(tmp_path / name) for name in ("a.safetensors", "c.safetensors"))
+    assert metadata["license"] == "x"
+    assert a.keys() == c.keys() and all(torch.equal(a[name], c[name]) for name in a)
+    b, d = (read_tensors(tmp_path / name / "diffusion_pytorch_model.safetensors")[0] for name in ("b", "d"))
+    assert b.keys() == d.keys() and all(torch.equal(b[name].half(), d[name]) for name in b)
+    assert {tensor.dtype for tensor in d.values()} == {torch.float16}
+    b, d = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("b", "d"))
+    assert b == d == diffusers_config(controlnet)
+
+
+def test_converting_keeps_a_trained_decoder_or_says_so(controlnet, tmp_path, monkeypatch, capsys):
+    decoder = {"model.diffusion_model.out.2.bias": torch.ones(4)}
+    save_controlnet(controlnet, tmp_path / "a.safetensors", metadata={"unlock_decoder": "true"}, others=decoder)
+    convert(monkeypatch, tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--layout", "official")
+    assert capsys.readouterr().err == ""
+    (a, marked), (b, still_marked) = (read_tensors(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert a.keys() == b.keys() and marked == still_marked
+    convert(monkeypatch, tmp_path / "a.safetensors", tmp_path / "c", "--layout", "diffusers")
+    assert "the decoder trained with it stays behind" in capsys.readouterr().err
