@@ -4,38 +4,49 @@
 the paper's experiment on fill50k, on one 24 GB card.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint, load_checkpoint, resumed_step, save_checkpoint, trim_log
-from controlnet import ControlNet
-from data import DrawnImages, PairedImages, Pairs, Selected, cache_latents, check_resolution, fetch_fill50k
+from checkpoints import Log, check_config, checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
+from clip_text import MAX_LENGTH
+from controlnet import ControlNet, zero_weights
+from data import (
+    DrawnImages,
+    PairedImages,
+    Pairs,
+    Selected,
+    cache_latents,
+    check_resolution,
+    fetch_fill50k,
+    generator_for,
+)
 from diffusion import NoiseSchedule, denoising_loss
-from files import ArgumentParser, UserError, run, save_json
-from metrics import circle_iou, colour_error, growth_step, hint_response, is_circle_task, jump_step
-from pictures import contact_sheet, plot_convergence, save_picture, to_picture
-from sample import generate
+from files import ArgumentParser, UserError, choose_device, run, save_json
+from pictures import plot_convergence
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
-from weights import save_controlnet
+from unet import UNet
+from validation import Response, Validation
+from weights import official_layout, save_controlnet
 
 DRAWN_PAIRS = 2000  # for --data drawn
 DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
-PREVIEWED = 8  # columns of a preview
-PROBE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
 
 
 def parse_arguments():
@@ -56,6 +67,7 @@ def parse_arguments():
     add("--seed", type=int, default=0)
     add("--mixed-precision", choices=("no", "bf16"), help=both("mixed_precision"))
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, then faster on a GPU")
     add("--checkpointing-steps", type=int, default=500, help="default: 500, and always at the end")
     add("--checkpoints-total-limit", type=int, default=2, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", help="a checkpoint folder, or latest")
@@ -65,11 +77,17 @@ def parse_arguments():
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
+    add("--only-mid-control", action="store_true", help="connect the middle block alone: for a condition that says "
+        "what rather than exactly where, or as a first, faster stage")  # fmt: skip
+    add("--unlock-decoder", action="store_true", help="train the UNet's decoder too: for pictures unlike all that the "
+        "base knows, with many pairs and a learning rate of about a fifth; the base's own style is lost")  # fmt: skip
+    add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", help="tensorboard: beside log.jsonl")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     args = parser.parse_args()
     for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
                  "checkpoints_total_limit", "learning_rate", "validation_hints"):  # fmt: skip
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     for name in ("validation_steps", "num_workers", "seed"):
         value = getattr(args, name)
@@ -78,6 +96,8 @@ def parse_arguments():
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise UserError(f"--proportion-empty-prompts {args.proportion_empty_prompts}: must be from 0 to 1")
     check_resolution(args.resolution)
+    if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise UserError("--report-to tensorboard: not installed; pip install tensorboard, or leave it out")
     return args
 
 
@@ -93,8 +113,22 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
     return Selected(pairs, range(first_held_out)), Selected(pairs, range(first_held_out, len(pairs)))
 
 
-def index_batches(count: int, batch_size: int, seed: int, first: int) -> Iterator[list[int]]:
-    """Batches of indices from number `first` on, without end: all pairs in a new order, again and again."""
+def warn_if_cut(sd: StableDiffusion, pairs: Pairs) -> None:
+    """Say how many prompts do not fit into the text encoder."""
+    room = MAX_LENGTH - 2  # without start and end
+    cut = [i for i, prompt in enumerate(pairs.prompts) if len(sd.tokenizer.encode(prompt)) > room]
+    if cut:
+        print(f"warning: {len(cut)} prompts have more than {room} tokens and are cut, the first is that of "
+              f"{pairs.name(cut[0])}", file=sys.stderr)  # fmt: skip
+
+
+def index_batches(
+    count: int, batch_size: int, seed: int, first: int, share: slice = slice(None)
+) -> Iterator[list[int]]:
+    """Batches of indices from number `first` on, without end: all pairs in a new order, again and again.
+
+    Of each batch only the `share` of this process is given.
+    """
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
@@ -102,82 +136,138 @@ def index_batches(count: int, batch_size: int, seed: int, first: int) -> Iterato
 
     position = first * batch_size
     while True:
-        yield [order(i // count)[i % count] for i in range(position, position + batch_size)]
+        yield [order(i // count)[i % count] for i in range(position, position + batch_size)[share]]
         position += batch_size
 
 
-def generator_for(*key: int) -> torch.Generator:
-    """A generator for (seed, 0, batch) or (seed, 1, epoch), so that a resumed run goes on as if it had not stopped.
+def check_finite(steps: list[tuple[dict, Tensor, list[str]]], checkpoints: Path) -> None:
+    """Read the losses of some steps, (log entry, norm of the gradient, names of the pairs) of each.
 
-    The key is hashed, since torch's CPU generator keeps only the lower 32 bits of a seed.
+    Raises UserError for the first that is not finite. Nothing has been saved since.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    for entry, norm, names in steps:
+        entry["loss"] = entry["loss"].item()
+        if not math.isfinite(entry["loss"] + norm.item()):
+            good = max(checkpoints_in(checkpoints).items(), default=(0, "none yet"))[1]
+            raise UserError(
+                f"step {entry['step']}: loss {entry['loss']}, gradient norm {norm.item()}, with {', '.join(names)}; "
+                f"last good checkpoint: {good}; look at these pairs, lower --learning-rate or take --mixed-precision no"
+            )
 
 
-@torch.no_grad()
-def fixed_batch(sd: StableDiffusion, pairs: Pairs, schedule: NoiseSchedule, seed: int) -> dict[str, Tensor] | None:
-    """What hint_response is measured on: held-out pairs, noised once and for all, one at each of PROBE_TIMES.
+class Denoiser(nn.Module):
+    """ε_θ(z_t, t, c_t, c_f): the locked UNet and its ControlNet as one, to be compiled or spread over GPUs."""
 
-    `other` holds another pair's hint for each. None when there is only one pair, which has no other.
-    """
-    if len(pairs) < 2:
-        return None
-    generator = generator_for(seed, 2)
-    chosen = [i % len(pairs) for i in range(len(PROBE_TIMES))]
-    others = [(i + 1) % len(pairs) for i in chosen]
-    moments = sd.vae.encode(torch.stack([pairs.image(i) for i in chosen]).to(sd.device)).cpu()
-    z0 = sd.sample_latents(moments, generator).to(sd.device)
-    eps, t = torch.randn(z0.shape, generator=generator).to(z0), torch.tensor(PROBE_TIMES, device=sd.device)
-    hints, other = (torch.stack([pairs.hint(i) for i in indices]).to(sd.device) for indices in (chosen, others))
-    context = sd.encode_prompts([pairs.prompts[i] for i in chosen])
-    z = schedule.add_noise(z0, eps, t)
-    return {"z": z, "t": t, "context": context, "hint": hints, "other": other, "eps": eps}
+    def __init__(self, unet: UNet, controlnet: ControlNet, bf16: bool):
+        super().__init__()
+        self.unet, self.controlnet, self.bf16 = unet, controlnet, bf16
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.unet(z, t, context, self.controlnet(z, hint, t, context))
 
 
 def main() -> None:
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # on a CPU: sums in one order, so that runs are equal bit for bit
     args = parse_arguments()
     output = args.output_dir
-    if (output / "log.jsonl").exists() and not args.resume_from_checkpoint:
+    if not args.resume_from_checkpoint and any(
+        (output / name).exists() for name in ("config.json", "log.jsonl", "checkpoints", "controlnet.safetensors")
+    ):
         raise UserError(
             f"{output} holds a run already: add --resume-from-checkpoint latest, or choose another --output-dir"
         )
+    # Under torchrun there are `world` processes, each with its own device and its share of every batch; the first one
+    # does all that is done once: fetching, encoding, logging, previews, checkpoints.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     sd = StableDiffusion.load(args.base)
     preset: Preset = sd.preset
     for name, value in vars(args).items():
         if value is None and hasattr(preset, name):
             setattr(args, name, getattr(preset, name))
     place_only = {"output_dir", "resume_from_checkpoint", "num_workers", "checkpointing_steps", "validation_steps",
-                  "validation_hints", "checkpoints_total_limit", "gradient_checkpointing"}  # fmt: skip
+                  "validation_hints", "checkpoints_total_limit", "gradient_checkpointing", "report_to",
+                  "device", "compile"}  # fmt: skip
     config = {name: value for name, value in vars(args).items() if name not in place_only}
+    config["train_batch_size"] *= world  # of all processes: the result does not depend on their number
     checkpoint, start = None, 0
     if args.resume_from_checkpoint:
         checkpoint = find_checkpoint(output / "checkpoints", args.resume_from_checkpoint)
-        start = resumed_step(checkpoint, config)
-        print(f"resuming from {checkpoint}")
+        start = check_config((checkpoint or output) / "config.json", config)
+        if start > args.max_train_steps:
+            raise UserError(f"{checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more steps")
+        if rank == 0:
+            print(
+                f"resuming from {checkpoint}" if checkpoint else f"{output} has no checkpoint yet: starting at step 0"
+            )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sd.to(device).requires_grad_(False)  # locked: from here on only the copy learns
+    if rank > 0:
+        distributed.barrier()  # until the first process has fetched and encoded
     pairs, held_out = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
+    if rank == 0:
+        warn_if_cut(sd, pairs)
     cache_key = {name: config[name] for name in ("base", "data", "resolution", "seed")}
-    cache_key["prompts"] = hashlib.sha256(json.dumps(pairs.prompts).encode()).hexdigest()
+    cache_key["pairs"] = hashlib.sha256(json.dumps([pairs.prompts, pairs.stamp()]).encode()).hexdigest()
     cache_key["encoders"] = [sd.vae.to_moments.weight.sum().item(), sd.text_encoder.norm_out.weight.sum().item()]
     cached = cache_latents(sd, pairs, output / "cache", cache_key, args.train_batch_size, args.num_workers)
-    schedule = NoiseSchedule()
-    probe = fixed_batch(sd, held_out, schedule, args.seed)
+    if rank == 0 and world > 1:
+        distributed.barrier()
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels, args.hint_init, args.connection, args.copy)
     controlnet.checkpointing = sd.unet.checkpointing = args.gradient_checkpointing
+    trained = nn.ModuleDict({"controlnet": controlnet})
+    if args.unlock_decoder:  # the released code's sd_locked = False
+        parts = ("decoder", "norm_out", "conv_out")
+        trained.update({name: getattr(sd.unet, name).requires_grad_(True) for name in parts})
+    if args.only_mid_control:
+        # The other twelve connections stay zero convolutions, and the residuals zeros. The released code leaves the
+        # skip connections alone instead: the same sum, but a file that needs to be told so.
+        for conv in controlnet.zero_convs:
+            zero_weights(conv).requires_grad_(False)
     bf16 = args.mixed_precision == "bf16"
-    if bf16:
-        sd.unet.bfloat16()  # the locked part only: trainable weights and optimizer state stay float32
+    for name, part in sd.unet.named_children():
+        if bf16 and name not in trained:
+            part.bfloat16()  # the locked part only: trainable weights and optimizer state stay float32
     for module in (sd.unet, controlnet):
         module.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(controlnet.parameters(), lr=args.learning_rate, fused=True)
-    if checkpoint:
-        load_checkpoint(checkpoint, controlnet, optimizer)
-    save_json(config, output / "config.json")
-    history = trim_log(output / "log.jsonl", start)
+    learning = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, fused=True)
+
+    validation = (
+        Validation(sd, held_out, args.seed, output / "previews") if rank == 0 and args.validation_steps else None
+    )
+    response = Response(sd, held_out, args.seed) if rank == 0 and len(held_out) > 1 else None
+    if checkpoint:  # not earlier: the base's decoder may have been trained since, and step 0 is without
+        load_checkpoint(checkpoint, trained, optimizer)
+    denoiser = predict = Denoiser(sd.unet, controlnet, bf16)
+    if args.compile:
+        predict = torch.compile(predict)
+    if world > 1:
+        predict = DistributedDataParallel(predict)
+
+    def save(step: int) -> None:
+        save_checkpoint(output / "checkpoints", step, trained, optimizer, config, args.checkpoints_total_limit)
+        metadata = {"base": args.base, "steps": str(step), "config": json.dumps(config), "license": preset.license}
+        others = {}
+        if args.unlock_decoder:
+            metadata["unlock_decoder"] = "true"  # sample.py then puts these into the base
+            official = official_layout(sd.unet)
+            others = {official[name]: tensor for name, tensor in trained.state_dict().items() if name in official}
+        save_controlnet(controlnet, output / "controlnet.safetensors", metadata=metadata, others=others)
+
+    if rank == 0:
+        save_json(config, output / "config.json")
+        log = Log(output, start, args.report_to == "tensorboard")
+        if start == args.max_train_steps:
+            save(start)  # it may have been stopped between the two files
 
     stop = []  # the signal that asked for it: the step in hand is finished and saved
 
@@ -188,117 +278,95 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
-    def predict(z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
-        """ε_θ(z_t, t, c_t, c_f)."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return sd.unet(z, t, context, controlnet(z, hint, t, context))
-
-    hints, targets = (torch.stack([part(i) for i in range(len(held_out))]) for part in (held_out.hint, held_out.image))
-    scored = is_circle_task(hints, held_out.prompts)
-
-    def sample(controlnets: list[ControlNet]) -> tuple[Tensor, dict]:
-        """The held-out hints as pictures, from fixed seeds, and their scores."""
-        settings = {"steps": preset.sampling_steps, "guidance_scale": preset.guidance_scale, "seed": args.seed}
-        given = [hints for _ in controlnets]
-        # The hint on the conditional side of guidance only, as in the paper (Sec. 3.4).
-        pictures = generate(
-            sd, controlnets, given, held_out.prompts, mode="conditional", size=tuple(hints.shape[2:]), **settings
-        ).cpu()
-        if not scored:
-            return pictures, {}
-        errors = colour_error(pictures, hints, held_out.prompts)
-        return pictures, {"iou": circle_iou(pictures, hints).mean().item(), "colour_error": errors.mean().item()}
-
-    if args.validation_steps:
-        before, base_scores = sample([])  # what step 0 gives too: equation (3)
-        save_picture(to_picture(hints[0] * 2 - 1), output / "previews" / "hint.png")
-
-    def preview(step: int) -> dict:
-        now, scores = sample([controlnet])
-        rows = {"hint": hints * 2 - 1, "step 0": before, f"step {step}": now, "target": targets}
-        sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, held_out.prompts[:PREVIEWED])
-        save_picture(sheet, output / "previews" / f"step-{step}.png")
-        return scores | {f"base_{name}": score for name, score in base_scores.items()}
-
-    @torch.no_grad()
-    def respond() -> dict:
-        own, other = (predict(probe["z"], probe["t"], probe["context"], probe[name]) for name in ("hint", "other"))
-        sensitivity, gap = hint_response(own, other, probe["eps"])
-        heldout_loss = (own.double() - probe["eps"]).square().mean().item()
-        return {"hint_sensitivity": sensitivity, "hint_gap": gap, "heldout_loss": heldout_loss}
-
-    def save(step: int) -> None:
-        save_checkpoint(output / "checkpoints", step, controlnet, optimizer, config, args.checkpoints_total_limit)
-        metadata = {"base": args.base, "steps": str(step), "config": json.dumps(config), "license": preset.license}
-        save_controlnet(controlnet, output / "controlnet.safetensors", metadata=metadata)
-
-    batches_a_step = args.gradient_accumulation_steps
-    order = index_batches(len(cached), args.train_batch_size, args.seed, start * batches_a_step)
+    size, batches_a_step = args.train_batch_size, args.gradient_accumulation_steps
+    share = slice(rank * size, (rank + 1) * size)  # of a batch of all processes
+    order = index_batches(len(cached), size * world, args.seed, start * batches_a_step, share)
     loader = DataLoader(cached, batch_sampler=order, num_workers=args.num_workers, pin_memory=device.type == "cuda")
-    batches = iter(loader)
-    began = time.time() - (history[-1]["seconds"] if history else 0)
+    batches, schedule = iter(loader), NoiseSchedule()
+    read_every = 10 if device.type == "cuda" else 1  # steps: reading a number makes the GPU wait for it
+    pending = []  # steps whose loss has not been read yet
     shown = {"lr": f"{args.learning_rate:.0e}"}
-    bar = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, desc="training")
-    with open(output / "log.jsonl", "a") as log:
-        for step in bar:
-            step_loss = 0.0
-            for i in range(batches_a_step):
-                generator = generator_for(args.seed, 0, step * batches_a_step + i)
-                batch = next(batches)
-                z0 = sd.sample_latents(batch["moments"].float(), generator)
-                eps = torch.randn(z0.shape, generator=generator)
-                t = torch.randint(schedule.steps, (len(z0),), generator=generator)
-                # Half of the prompts become "": the copy has to read the meaning off the hint (Sec. 3.3).
-                context, hint = batch["context"], batch["hint"]
-                context[torch.rand(len(z0), generator=generator) < args.proportion_empty_prompts] = cached.empty_context
-                z0, eps, context, hint = (x.to(device, torch.float32) for x in (z0, eps, context, hint))
-                eps_fn = partial(predict, context=context, hint=hint)
-                loss = denoising_loss(eps_fn, z0, eps, t.to(device), schedule)  # equation (5)
-                (loss / batches_a_step).backward()
-                step_loss += loss.item() / batches_a_step
-            optimizer.step()
-            optimizer.zero_grad()
+    bar = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, desc="training",
+               disable=rank > 0)  # fmt: skip
+    for step in bar:
+        step_loss = torch.zeros((), device=device)
+        names = []
+        for i in range(batches_a_step):
+            generator = generator_for(args.seed, 0, step * batches_a_step + i)
+            batch = next(batches)
+            moments, context, hint = batch["moments"].float(), batch["context"], batch["hint"]
+            # Drawn for the batch of all processes, on the CPU, so that neither their number nor the device matters.
+            latent_shape = (size * world, 4, *moments.shape[2:])
+            noise, eps = (torch.randn(latent_shape, generator=generator)[share] for _ in range(2))
+            t = torch.randint(schedule.steps, (size * world,), generator=generator)[share]
+            empty = torch.rand(size * world, generator=generator)[share] < args.proportion_empty_prompts
+            context[empty] = cached.empty_context  # half of them: the copy has to read the hint (Sec. 3.3)
+            z0 = sd.sample_latents(moments, noise)
+            z0, eps, t, context, hint = (x.to(device, non_blocking=True) for x in (z0, eps, t, context, hint))
+            last = i + 1 == batches_a_step
+            with contextlib.nullcontext() if last or world == 1 else predict.no_sync():
+                eps_fn = partial(predict, context=context.float(), hint=hint)
+                loss = denoising_loss(eps_fn, z0, eps, t, schedule) / batches_a_step  # equation (5)
+                loss.backward()
+            step_loss += loss.detach()
+            names += [pairs.name(i) for i in batch["index"].tolist()]
+        norm = nn.utils.get_total_norm(p.grad for p in learning if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            done = step + 1
-            at_the_end = done == args.max_train_steps
-            entry = {"step": done, "loss": step_loss, "lr": args.learning_rate}
-            if probe and done % preset.response_steps == 0:
-                entry |= respond()
+        if world > 1:
+            distributed.all_reduce(step_loss)
+            step_loss /= world
+
+        done = step + 1
+        at_the_end = done == args.max_train_steps
+        pending.append(({"step": done, "loss": step_loss, "lr": args.learning_rate}, norm, names))
+        due_response = done % preset.response_steps == 0
+        due_preview = args.validation_steps > 0 and done % args.validation_steps == 0
+        due_save = at_the_end or done % args.checkpointing_steps == 0
+        if done % read_every and not (due_response or due_preview or due_save):
+            continue
+        stopping = torch.tensor(len(stop), device=device)
+        if world > 1:
+            distributed.all_reduce(stopping)
+        check_finite(pending, output / "checkpoints")
+        if rank == 0:
+            entry, sheet = pending[-1][0], None
+            if due_response and response:
+                entry |= response.measure(denoiser)
                 shown["sensitivity"] = f"{entry['hint_sensitivity']:.1e}"
-            if args.validation_steps and done % args.validation_steps == 0:
-                entry |= preview(done)
-            history.append(entry | {"seconds": round(time.time() - began, 2)})
-            log.write(json.dumps(history[-1]) + "\n")
-            log.flush()
-            bar.set_postfix(loss=f"{step_loss:.4f}", **shown)
-            measured = "hint_sensitivity" in entry  # only then can the whole log say something new
-            if measured and growth_step(history) == done:
-                bar.write(f"step {done}: the hint begins to count, its sensitivity is {entry['hint_sensitivity']:.1e} "
-                          "and growing; the samples do not show it yet")  # fmt: skip
-            if measured and jump_step(history) == done:
-                bar.write(f"step {done}: the jump has come: with another pair's hint the held-out loss is "
-                          f"{entry['hint_gap'] / entry['heldout_loss']:.0%} higher")  # fmt: skip
-            if "iou" in entry:
-                bar.write(
-                    f"step {done}: IoU {entry['iou']:.2f} of samples and hints (the base: {entry['base_iou']:.2f})"
-                )
-            if stop or at_the_end or done % args.checkpointing_steps == 0:
+            if due_preview:
+                sheet, scores = validation.preview(controlnet, done)
+                entry |= scores
+            log.write([entry for entry, _, _ in pending], sheet)
+            bar.set_postfix(loss=f"{entry['loss']:.4f}", **shown)
+            if due_response or due_preview:
+                for line in log.news():
+                    bar.write(line)
+            if due_save or stopping:
                 save(done)
-            if stop:
-                break
+        pending.clear()
+        if stopping:
+            break
 
-    plot_convergence({output.name: history}, output / "convergence.png")
+    if world > 1:
+        distributed.destroy_process_group()
+    if rank > 0:
+        return
+    log.close()
+    plot_convergence({output.name: log.history}, output / "convergence.png")
     print(f"wrote {output / 'controlnet.safetensors'} and {output / 'convergence.png'}")
     if stop:
         options = [] if args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
         print(f"stopped at step {done}; go on with: {shlex.join(['python', *sys.argv, *options])}")
         return
-    if args.validation_steps and args.max_train_steps % args.validation_steps:
-        preview(args.max_train_steps)
+    if validation and args.max_train_steps % args.validation_steps:
+        validation.preview(controlnet, args.max_train_steps)
     command = ["python", "sample.py", "--base", args.base, "--controlnet", str(output / "controlnet.safetensors")]
-    hint = str(output / "previews" / "hint.png") if args.validation_steps else "HINT.png"
+    hint = str(output / "previews" / "hint.png") if validation else "HINT.png"
     print("now:", shlex.join([*command, "--hint", hint, "--prompt", held_out.prompts[0]]))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "--gradient-checkpointing, --mixed-precision bf16, a lower --resolution, or a lower --train-batch-size "
+        "with --gradient-accumulation-steps")  # fmt: skip

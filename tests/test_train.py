@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from standin import ROOT
 
+import checkpoints
+import files
 import train
 from checkpoints import load_optimizer_tensors, optimizer_tensors
 from controlnet import ControlNet
-from data import DrawnImages
-from diffusion import NoiseSchedule
+from data import DrawnImages, generator_for
 from files import UserError, read_tensors
-from metrics import hint_response
+from sample import load_decoders
 from stable_diffusion import StableDiffusion
-from train import fixed_batch, generator_for, index_batches
-from weights import load_controlnet
+from train import Denoiser, index_batches
+from validation import Response
+from weights import load_controlnet, official_state_dict
 
 SAMPLE = ROOT / "tests" / "fill50k"
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
@@ -50,6 +52,8 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     whole, parts = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and len(whole) == 340
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    written = [(tmp_path / name / "controlnet.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert written[0] == written[1]  # the metadata's order too
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
     assert [entry["step"] for entry in read_log(tmp_path / "whole")] == [1, 2, 3, 4, 5]
     assert "resuming from" in capsys.readouterr().out
@@ -85,8 +89,8 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     """Sensitivity and gap every 10 steps, IoU and colour error of more hints than a preview shows, two sentences."""
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
     monkeypatch.setattr(train, "DRAWN_PAIRS", 8)
-    monkeypatch.setattr(train, "growth_step", lambda history: 10 if len(history) >= 10 else None)
-    monkeypatch.setattr(train, "jump_step", lambda history: 20 if len(history) >= 20 else None)
+    monkeypatch.setattr(checkpoints, "growth_step", lambda history: 10 if len(history) >= 10 else None)
+    monkeypatch.setattr(checkpoints, "jump_step", lambda history: 20 if len(history) >= 20 else None)
     run(monkeypatch, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_log(tmp_path)}
     assert [step for step in log if "hint_sensitivity" in log[step]] == [10, 20]
@@ -104,17 +108,15 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
 
 def test_the_response_is_zero_before_the_first_step():
     """Equation (3) again: another pair's hint changes nothing yet, and the held-out pairs are the same each time."""
-    sd, schedule = StableDiffusion.load("tiny").requires_grad_(False), NoiseSchedule()
-    pairs = DrawnImages(3, 64)
-    batch = fixed_batch(sd, pairs, schedule, 0)
-    again = fixed_batch(sd, pairs, schedule, 0)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert torch.equal(batch["hint"][3], pairs.hint(0)) and torch.equal(batch["other"][3], pairs.hint(1))
+    sd, pairs = StableDiffusion.load("tiny").requires_grad_(False), DrawnImages(3, 64)
+    response, again = Response(sd, pairs, 0), Response(sd, pairs, 0)
+    for name in ("z", "eps", "hints", "other", "context"):
+        assert torch.equal(getattr(response, name), getattr(again, name))
+    assert torch.equal(response.hints[3], pairs.hint(0)) and torch.equal(response.other[3], pairs.hint(1))
     controlnet = ControlNet.from_unet(sd.unet, sd.preset.hint_channels).requires_grad_(False)
-    z, t, context = (batch[name] for name in ("z", "t", "context"))
-    own, other = (sd.unet(z, t, context, controlnet(z, batch[name], t, context)) for name in ("hint", "other"))
-    assert hint_response(own, other, batch["eps"]) == (0, 0)
-    assert fixed_batch(sd, DrawnImages(1, 64), schedule, 0) is None
+    values = response.measure(Denoiser(sd.unet, controlnet, bf16=False))
+    assert values["hint_sensitivity"] == values["hint_gap"] == 0
+    assert 0 < values["heldout_loss"] < 0.2
 
 
 def test_interrupt_saves_and_goes_on(tmp_path, monkeypatch):
@@ -148,22 +150,43 @@ def test_resuming_from_an_earlier_step_drops_what_came_after(tmp_path, monkeypat
     assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-2"]
     (first / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is broken"):
+    with pytest.raises(UserError, match="config.json can.t be read as JSON"):
         run(monkeypatch, *options, "--resume-from-checkpoint", first)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_hint_is_found_before_training(workers, tmp_path):
+def test_broken_hint_is_found_before_training(tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(SAMPLE, folder)
     (folder / "source" / "2.png").write_bytes(b"no picture")
-    options = ["--data", folder, "--resolution", "64", "--num-workers", str(workers), "--output-dir", tmp_path / "run"]
+    options = ["--data", folder, "--resolution", "64", "--output-dir", tmp_path / "run"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *options], capture_output=True, text=True)
     assert done.returncode == 2
-    *progress, line = done.stderr.strip().split("\n")
-    assert line.startswith(f"error: {folder / 'source' / '2.png'} can't be read as a picture")
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    line = done.stderr.strip()
+    assert line.startswith(f"error: {folder / 'prompt.json'} line 3: {folder / 'source' / '2.png'} can't be read")
+    assert "\n" not in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_picture_that_vanishes_later(workers, tmp_path, monkeypatch, capfd):
+    """One line too when it is another process that reads it."""
+    folder, real = tmp_path / "data", train.open_pairs
+    shutil.copytree(SAMPLE, folder)
+
+    def then_remove(*arguments):
+        pairs = real(*arguments)
+        (folder / "source" / "2.png").unlink()
+        return pairs
+
+    monkeypatch.setattr(train, "open_pairs", then_remove)
+    options = ["--data", folder, "--resolution", "64", "--num-workers", workers, "--output-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as ended:
+        files.run(lambda: run(monkeypatch, *options))
+    assert ended.value.code == 2
+    errors = capfd.readouterr().err
+    line = errors.strip().split("\n")[-1]
+    assert line.startswith(f"error: {folder / 'source' / '2.png'}: no such file")
+    assert "Traceback" not in errors
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path, monkeypatch):
@@ -266,3 +289,181 @@ def test_mistakes(options, message, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, "--output-dir", tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_cut(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(SAMPLE, folder)
+    lines = (folder / "prompt.json").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"prompt": "circle " * 76})
+    (folder / "prompt.json").write_text("\n".join(lines))
+    options = ["--data", folder, "--max-train-steps", "1", "--validation-steps", "0", "--output-dir", tmp_path / "run"]
+    run(monkeypatch, *QUICK, *options)
+    warning = f"warning: 1 prompts have more than 75 tokens and are cut, the first is that of {folder / 'target'}"
+    assert warning in capsys.readouterr().err
+
+
+def test_only_mid_control(tmp_path, monkeypatch):
+    """The twelve skip connections stay zero, so that any program that reads the file does the same."""
+    options = ["--only-mid-control", "--max-train-steps", "3", "--validation-steps", "0", "--output-dir", tmp_path]
+    run(monkeypatch, *QUICK, *options)
+    controlnet = load_controlnet(tmp_path / "controlnet.safetensors", StableDiffusion.load("tiny").unet)
+    assert all(conv.weight.count_nonzero() == conv.bias.count_nonzero() == 0 for conv in controlnet.zero_convs)
+    assert controlnet.middle_zero_conv.weight.count_nonzero() > 0
+    assert controlnet.hint_encoder[-1].weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_unlocked_decoder_travels_with_the_controlnet(precision, tmp_path, monkeypatch):
+    """Trained, saved under its official names, resumed bit for bit, and put into the base by sample.py."""
+    options = [*QUICK, "--unlock-decoder", "--mixed-precision", precision]
+    run(monkeypatch, *options, "--output-dir", tmp_path / "whole", "--max-train-steps", "4")
+    run(monkeypatch, *options, "--output-dir", tmp_path / "parts", "--max-train-steps", "2")
+    resume = ["--resume-from-checkpoint", "latest", "--max-train-steps", "4"]
+    run(monkeypatch, *options, "--output-dir", tmp_path / "parts", *resume)
+    whole, parts = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert (tmp_path / "whole" / "previews" / "step-4.png").read_bytes() == (
+        tmp_path / "parts" / "previews" / "step-4.png"
+    ).read_bytes()  # the row of step 0 too, which is the untouched base's
+
+    sd = StableDiffusion.load("tiny")
+    before = official_state_dict(sd.unet)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    decoder = {name for name in before if ".output_blocks." in name or ".diffusion_model.out." in name}
+    assert whole.keys() - decoder == {name for name in whole if name.startswith("control_model.")}
+    assert all(not torch.equal(before[name], whole[name]) for name in decoder)
+    load_decoders(sd, [tmp_path / "whole" / "controlnet.safetensors"])
+    after = official_state_dict(sd.unet)
+    assert all(torch.equal(after[name], whole[name] if name in decoder else before[name]) for name in before)
+    assert torch.equal(  # and the base's file is as it was
+        official_state_dict(StableDiffusion.load("tiny").unet)["model.diffusion_model.out.2.weight"],
+        before["model.diffusion_model.out.2.weight"],
+    )
+    with pytest.raises(UserError, match="both bring a decoder"):
+        load_decoders(sd, [tmp_path / name / "controlnet.safetensors" for name in ("whole", "parts")])
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(monkeypatch, *QUICK, "--report-to", "tensorboard", "--output-dir", tmp_path, "--max-train-steps", "4")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [entry["loss"] for entry in read_log(tmp_path)]
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    assert events.Images("preview")[0].step == 4
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run(monkeypatch, *QUICK, "--report-to", "tensorboard", "--output-dir", tmp_path / "other")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_numbers_stop_the_run(what, tmp_path, monkeypatch):
+    """Before they get into the weights, with the pairs named; the checkpoint before stays and can be resumed from."""
+    options = [*QUICK, "--output-dir", tmp_path, "--checkpointing-steps", "2", "--validation-steps", "0"]
+    real, calls = train.denoising_loss, []
+
+    def broken(*arguments):
+        loss = real(*arguments)
+        calls.append(loss)
+        if len(calls) < 4:
+            return loss
+        return loss * float("nan") if what == "loss" else loss + Exploding.apply(loss)
+
+    class Exploding(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return torch.zeros_like(x)
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("inf")
+
+    monkeypatch.setattr(train, "denoising_loss", broken)
+    with pytest.raises(UserError) as raised:
+        run(monkeypatch, *options, "--max-train-steps", "6")
+    message = str(raised.value)
+    assert message.startswith("step 4: ")
+    assert str(SAMPLE / "target") in message
+    assert str(tmp_path / "checkpoints" / "step-2") in message
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3]
+    saved = read_tensors(tmp_path / "checkpoints" / "step-2" / "state.safetensors")[0]
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    monkeypatch.setattr(train, "denoising_loss", real)
+    run(monkeypatch, *options, "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    real = files.save_file
+
+    def full(tensors, path, metadata):
+        real(tensors, path, metadata)
+        if "checkpoints" in str(path) and (tmp_path / "checkpoints" / "step-2").exists():
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    options = [*QUICK, "--output-dir", tmp_path, "--checkpointing-steps", "2", "--validation-steps", "0"]
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        run(monkeypatch, *options, "--max-train-steps", "4")
+    monkeypatch.setattr(files, "save_file", real)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-2"]
+    run(monkeypatch, *options, "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
+
+
+def test_stopped_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
+    """No dead end: the folder is refused as a new run's, and resuming starts from the beginning."""
+    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "2"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(train, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, *options)
+    with pytest.raises(UserError, match="holds a run already"):
+        run(monkeypatch, *options)
+    run(monkeypatch, *options, "--resume-from-checkpoint", "latest")
+    assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+    with pytest.raises(UserError, match="beyond --max-train-steps 1"):
+        run(monkeypatch, *options, "--resume-from-checkpoint", "latest", "--max-train-steps", "1")
+    (tmp_path / "controlnet.safetensors").unlink()  # stopped between the checkpoint and this file
+    run(monkeypatch, *options, "--resume-from-checkpoint", "latest")
+    assert (tmp_path / "controlnet.safetensors").exists()
+
+
+def launch(folder, processes, *options):
+    """torchrun with gloo processes on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [ROOT / "train.py", "--data", SAMPLE, "--resolution", "64", "--validation-steps", "2", "--device", "cpu"]
+    command += ["--output-dir", folder, *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_tensors(folder / "controlnet.safetensors")[0]
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    """The same global batch gives the same weights up to rounding: sums in another order. And resuming works."""
+    options = ["--max-train-steps", "4", "--gradient-accumulation-steps", "2", "--learning-rate", "1e-4"]
+    one = ["--data", SAMPLE, "--resolution", "64", "--validation-steps", "2", "--train-batch-size", "4"]
+    run(monkeypatch, *one, *options, "--output-dir", tmp_path / "one")
+    two = launch(tmp_path / "two", 2, *options, "--train-batch-size", "2")
+    parts = ["--train-batch-size", "2", *options[2:]]
+    launch(tmp_path / "parts", 2, *parts, "--max-train-steps", "2")
+    resumed = launch(tmp_path / "parts", 2, *parts, "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
+    one = read_tensors(tmp_path / "one" / "controlnet.safetensors")[0]
+    assert all(torch.equal(two[name], resumed[name]) for name in two)
+    # Adam divides by the gradient's size, so that in four steps of 1e-4 a sign lost to rounding moves at most 8e-4.
+    largest = max((one[name] - two[name]).abs().max().item() for name in one)
+    typical = torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean().item()
+    assert largest < 8e-4 and typical < 1e-6
+    logs = [read_log(tmp_path / name) for name in ("one", "two", "parts")]
+    assert [entry["step"] for entry in logs[1]] == [1, 2, 3, 4]  # one process writes it
+    assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-4)
+    assert logs[1] == logs[2]
