@@ -1,0 +1,356 @@
+"""Users' mistakes: each ends in one line on stderr that says what, where and what to do, with exit status 2."""
+
+import json
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from importlib import import_module
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from standin import ROOT
+
+import files
+import train
+from controlnet import ControlNet
+from data import PairedImages
+from files import UserError, read_image, read_tensors
+from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+from unet import UNet
+from weights import load_controlnet, official_state_dict, save_controlnet
+
+HINT = ROOT / "tests" / "fill50k" / "source" / "0.png"
+CONTROL = "--controlnet {}/control.safetensors"
+GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
+
+
+class Boom:
+    """What a malicious pickle does when it is opened."""
+
+    def __reduce__(self):
+        return open, (str(ROOT / "tests" / "boom.txt"), "w")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one file for each thing that can be wrong with one."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    Image.new("RGB", (128, 64)).save(folder / "wide.png")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes(HINT.read_bytes()[:500])
+    listings = {
+        "json": '{"source": "a.png", "target',
+        "keys": json.dumps({"source": "a.png", "prompt": ""}),
+        "null": json.dumps(GOOD | {"prompt": None}),
+        "list": "[1, 2]",
+        "missing": json.dumps(GOOD | {"source": "b.png"}),
+        "outside": json.dumps(GOOD | {"source": "../a.png"}),
+        "text": json.dumps(GOOD | {"target": "text.png"}),
+        "cut": json.dumps(GOOD | {"target": "cut.png"}),
+        "shape": json.dumps(GOOD | {"target": "wide.png"}),
+        "bytes": b"\xff\xfe{}",
+        "deep": "[" * 100_000,
+        "empty": "",
+    }
+    for name, line in listings.items():
+        (folder / name).mkdir()
+        for picture in ("a.png", "wide.png", "text.png", "cut.png"):
+            shutil.copy(folder / picture, folder / name)
+        line = line if isinstance(line, bytes) else line.encode()
+        (folder / name / "prompt.json").write_bytes(line + b"\n")
+    (folder / "hf").mkdir()
+    shutil.copy(folder / "a.png", folder / "hf")
+    (folder / "hf" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ""}\n')
+    (folder / "run").mkdir()
+    (folder / "run" / "log.jsonl").write_text("")
+    (folder / "a_file").write_text("")
+
+    tiny = read_tensors(TINY_FILE)[0]
+    (folder / "cut.safetensors").write_bytes(TINY_FILE.read_bytes()[:100_000])
+    for name in ("objects.ckpt", "objects.pth"):
+        torch.save({"state_dict": {"weight": torch.ones(1)}, "callbacks": Boom()}, folder / name)
+    (folder / "old.ckpt").write_bytes(pickle.dumps(Boom(), protocol=2))
+    (folder / "garbage.ckpt").write_bytes(bytes(range(256)))
+    torch.save([1, 2], folder / "list.pt")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    lora = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)}
+    save_file(lora, folder / "lora.safetensors")
+    save_file({"conditioner.embedders.0.x": torch.ones(1)}, folder / "sdxl.safetensors")
+    save_file({"cond_stage_model.model.x": torch.ones(1)}, folder / "sd2.safetensors")
+    save_file({"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, folder / "diffusers.safetensors")
+    (folder / "alone").mkdir()
+    save_file(tiny, folder / "alone" / "tiny.safetensors")
+    (folder / "merges").mkdir()
+    shutil.copy(TINY_FILE, folder / "merges" / "tiny.safetensors")
+    (folder / "merges" / "merges.txt").write_text("#version: 0.2\na b\n")
+    part = dict(tiny)
+    part.pop("first_stage_model.encoder.conv_in.bias")
+    save_file(part, folder / "part.safetensors")
+    shutil.copy(TINY_FILE.parent / "merges.txt", folder)
+
+    torch.manual_seed(0)
+    unet = UNet(TINY.unet)
+    save_controlnet(ControlNet.from_unet(unet, TINY.hint_channels), folder / "control.safetensors")
+    save_controlnet(ControlNet.from_unet(unet, TINY.hint_channels, copy="lite"), folder / "lite.safetensors")
+    control = official_state_dict(ControlNet.from_unet(unet, TINY.hint_channels))
+    control["control_model.zero_convs.3.0.weight"] = torch.ones(5, 5, 1, 1)
+    save_file(control, folder / "misshapen.safetensors")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+# program, options ({} is the folder above), what the line has to say: cause or place, and remedy
+MISTAKES = [
+    ("train", "--max-train-steps 0", ["--max-train-steps 0", "above 0"]),
+    ("train", "--train-batch-size two", ["--train-batch-size", "'two'", "--help"]),
+    ("train", "--learning-rate -1", ["--learning-rate -1.0", "above 0"]),
+    ("train", "--learning-rate nan", ["--learning-rate nan", "above 0"]),
+    ("train", "--resolution 100", ["--resolution 100", "multiple of 64"]),
+    ("train", "--proportion-empty-prompts 1.5", ["--proportion-empty-prompts 1.5", "from 0 to 1"]),
+    ("train", "--mixed-precision fp64", ["--mixed-precision", "'fp64'", "bf16"]),
+    ("train", "--hint-init xavier", ["--hint-init", "'xavier'", "he"]),
+    ("train", "--seed -1", ["--seed -1", "0 or more"]),
+    ("train", "--num-workers -1", ["--num-workers -1", "0 or more"]),
+    ("train", "--validation-hints 0", ["--validation-hints 0", "above 0"]),
+    ("train", "--nonsense", ["--nonsense", "--help"]),
+    ("train", "--device toaster", ["--device toaster", "cpu"]),
+    ("train", "--device cuda:77", ["--device cuda:77", "cpu"]),
+    ("train", "--resume-from-checkpoint latest", ["has no checkpoint", "leave --resume-from-checkpoint out"]),
+    ("train", "--resume-from-checkpoint {}/nothing", ["nothing is no checkpoint", "state.safetensors"]),
+    ("train", "--output-dir {}/run", ["run holds a run already", "--resume-from-checkpoint latest"]),
+    ("train", "--data {}/empty", ["has no pairs", "add"]),
+    ("train", "--output-dir {}/a_file/out --resolution 64", ["a_file/out", "choose another --output-dir"]),
+    ("train", "--output-dir {}/a_file/out --report-to tensorboard", ["a_file/out", "choose another --output-dir"]),
+    ("train", "--base {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
+    ("train", "--base {}", ["is a folder", "pass the single-file checkpoint"]),
+    ("train", "--base {}/cut.safetensors", ["cut.safetensors", "damaged", "fetch it again"]),
+    ("train", "--base {}/objects.ckpt", ["objects.ckpt", "more than tensors", ".safetensors"]),
+    ("train", "--base {}/old.ckpt", ["old.ckpt", "more than tensors", ".safetensors"]),
+    ("train", "--base {}/garbage.ckpt", ["garbage.ckpt", ".safetensors"]),
+    ("train", "--base {}/list.pt", ["list.pt", "no named tensors", "pass a checkpoint"]),
+    ("train", "--base {}/model.gguf", ["model.gguf", ".safetensors"]),
+    ("train", "--base {}/lora.safetensors", ["lora.safetensors", "LoRA", "pass a full checkpoint"]),
+    ("train", "--base {}/sdxl.safetensors", ["sdxl.safetensors", "SDXL", "only Stable Diffusion 1.x"]),
+    ("train", "--base {}/sd2.safetensors", ["sd2.safetensors", "2.x", "only 1.x"]),
+    ("train", "--base {}/diffusers.safetensors", ["diffusers.safetensors", "diffusers' layout", "single-file"]),
+    ("train", "--base {}/control.safetensors", ["control.safetensors", "a ControlNet, not a base", "pass it as"]),
+    ("train", "--base {}/part.safetensors", ["encoder.conv_in.bias", "missing"]),
+    ("train", "--base {}/merges/tiny.safetensors", ["merges.txt", "tokens", "put the merges.txt"]),
+    ("train", "--data {}/nowhere", ["nowhere/prompt.json", "no such file", "metadata.jsonl"]),
+    ("train", "--data {}/json", ["prompt.json line 1", "no JSON", "expected"]),
+    ("train", "--data {}/keys", ["prompt.json line 1", '"target"', "expected"]),
+    ("train", "--data {}/null", ["prompt.json line 1", '"prompt"', "expected"]),
+    ("train", "--data {}/list", ["prompt.json line 1", '"source"', "expected"]),
+    ("train", "--data {}/missing", ["prompt.json line 1", "b.png", "no such file"]),
+    ("train", "--data {}/outside", ["prompt.json line 1", "../a.png", "outside the folder"]),
+    ("train", "--data {}/text", ["prompt.json line 1", "text.png", "can't be read as a picture", "save it again"]),
+    ("train", "--data {}/cut", ["prompt.json line 1", "cut.png", "can't be read as a picture", "save it again"]),
+    ("train", "--data {}/shape", ["prompt.json line 1", "64x64", "128x64", "crop them alike"]),
+    ("train", "--data {}/bytes", ["prompt.json line 1", "no JSON", "expected"]),
+    ("train", "--data {}/deep", ["prompt.json line 1", "no JSON", "expected"]),
+    ("train", "--data {}/hf", ["metadata.jsonl line 1", '"conditioning_image"', "expected"]),
+    ("sample", "--controlnet x", ["1 --controlnet but 0 --hint", "each needs its own"]),
+    (
+        "sample",
+        "--controlnet x --hint {}/a.png --strength 1 --strength 2",
+        ["2 --strength, 1 --controlnet", "give one"],
+    ),
+    ("sample", "--num-samples 0", ["--num-samples 0", "1 or more"]),
+    ("sample", "--output out.jpg", ["--output out.jpg", ".png"]),
+    ("sample", "--output {}/a_file/out.png --steps 1", ["a_file", "choose another folder"]),
+    ("sample", "--steps 1000", ["--steps", "1 to 999"]),
+    ("sample", "--resolution 63", ["--resolution 63", "multiple of 64"]),
+    ("sample", "--control-mode strong", ["--control-mode", "'strong'", "guess"]),
+    ("sample", "--controlnet x --hint {}/nowhere.png", ["nowhere.png", "no such file"]),
+    ("sample", "--controlnet x --hint {}/text.png", ["text.png", "can't be read as a picture", "save it again"]),
+    ("sample", "--controlnet {}/nowhere.pth --hint {}/a.png", ["nowhere.pth", "no such file"]),
+    ("sample", "--controlnet {}/objects.pth --hint {}/a.png", ["objects.pth", "more than tensors", ".safetensors"]),
+    ("sample", "--controlnet {}/misshapen.safetensors --hint {}/a.png", ["zero_convs.3", "[5, 5, 1, 1]", "expected"]),
+    (
+        "sample",
+        f"--controlnet {TINY_FILE} --hint {{}}/a.png",
+        ["a base model, not a ControlNet", "pass it as the base"],
+    ),
+    ("sample", "--controlnet {}/nothing --hint {}/a.png", ["nothing", "diffusion_pytorch_model", "pass"]),
+    ("sample", f"{CONTROL} --hint {{}}/a.png {CONTROL} --hint {{}}/wide.png", ["different shapes", "crop them alike"]),
+    ("weights", "{}/control.safetensors {}/out.bin --layout official", ["out.bin", ".safetensors"]),
+    ("weights", "{}/control.safetensors {}/a_file --layout diffusers", ["a_file", "a folder"]),
+    ("weights", "{}/lite.safetensors {}/out --layout diffusers", ["lite.safetensors", "ControlNet-lite"]),
+    ("weights", f"{TINY_FILE} {{}}/out --layout diffusers", ["a base model, not a ControlNet"]),
+    ("weights", "{}/lora.safetensors {}/out --layout diffusers", ["lora.safetensors", "LoRA"]),
+    ("data", "--count 0 --output {}/out", ["--count", "1 or more"]),
+    ("data", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
+    ("data", "--output {}/json", ["json holds pairs already", "another --output"]),
+    ("pictures", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ("pretrain", "vea", ["'vea'", "vae"]),
+]
+
+
+def test_there_are_enough():
+    assert len({(program, options) for program, options, _ in MISTAKES}) >= 40
+
+
+def command(options: str, place) -> list[str]:
+    return [word.format(*[place] * 4) for word in options.split()]
+
+
+@pytest.mark.parametrize("program, options, fragments", MISTAKES)
+def test_one_line(program, options, fragments, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *command(options, place)])
+    with pytest.raises(SystemExit) as ended:
+        files.run(import_module(program).main)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for fragment in fragments:
+        assert fragment in lines[0], lines
+    assert not (tmp_path / "runs").exists()  # nothing was begun
+    assert not (ROOT / "tests" / "boom.txt").exists()  # no pickle ran
+
+
+@pytest.mark.parametrize("program, options, fragments", [MISTAKES[i] for i in (0, 18, 23, 38, 61)])
+def test_through_the_shell(program, options, fragments, place, tmp_path):
+    line = [sys.executable, ROOT / f"{program}.py", *command(options, place)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert errors and all(fragment in errors[0] for fragment in fragments)
+
+
+def test_twenty_broken_entries_and_a_count(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    lines = [json.dumps(GOOD)] * 3 + ["{"] * 25 + [json.dumps(GOOD)]
+    (tmp_path / "prompt.json").write_text("\n".join(lines))
+    with pytest.raises(SystemExit):
+        files.run(lambda: PairedImages(tmp_path, 64))
+    *details, last = capsys.readouterr().err.strip().splitlines()
+    assert [f"prompt.json line {i}:" in line for i, line in enumerate(details, start=4)] == [True] * 20
+    assert "25 of 29 entries are broken" in last
+
+
+def test_memory_that_runs_out(capsys):
+    def greedy():
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as ended:
+        files.run(greedy, "a smaller --size")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory") and "try a smaller --size" in line and line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"):  # keeps its traceback
+        files.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_no_connection(tmp_path, monkeypatch, capsys):
+    """A checkpoint without its merges.txt, and no hub to fetch it from: the line says where to put one."""
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    shutil.copy(TINY_FILE, tmp_path)
+    with pytest.raises(UserError, match=r"can't fetch tokenizer/merges.txt .*put the tokenizer's merges.txt beside"):
+        StableDiffusion.load(tmp_path / TINY_FILE.name)
+
+
+def mutants(original: bytes, rng: random.Random, count: int):
+    """Copies cut short, with flipped bits, with bytes put in, and other things altogether."""
+    for i in range(count):
+        content = bytearray(original)
+        if i % 4 == 0:
+            del content[rng.randrange(len(content)) :]
+        elif i % 4 == 1:
+            for _ in range(rng.randrange(1, 9)):
+                content[rng.randrange(min(len(content), 4000))] ^= 1 << rng.randrange(8)
+        elif i % 4 == 2:
+            at = rng.randrange(min(len(content), 4000))
+            content[at:at] = rng.randbytes(rng.randrange(1, 30))
+        else:
+            value = rng.choice([None, [], {}, 1e400, {"a": [1] * 9}, "text", [[[]]], -1, {"source": 1}, {"": {}}])
+            content = bytearray(json.dumps(value).encode())
+        yield bytes(content)
+
+
+def test_mutated_files_end_in_one_line(tmp_path):
+    """Whatever is in a file: read, or refused with a UserError; anything else fails this test."""
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    unet = UNet(TINY.unet)
+    save_controlnet(ControlNet.from_unet(unet, TINY.hint_channels), tmp_path / "good.safetensors")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "good.pt")
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(tmp_path / "a.jpg")
+    shutil.copy(HINT, tmp_path / "a.png")
+    good = [json.dumps({"source": "a.png", "target": "a.png", "prompt": "x"})] * 3
+    (tmp_path / "prompt.json").write_text("\n".join(good))
+    (tmp_path / "config.json").write_text(json.dumps({"attention_head_dim": 4, "norm_num_groups": 8}))
+    refused = 0
+    for name, count, read in (
+        ("good.safetensors", 80, lambda path: load_controlnet(path, unet)),
+        ("good.pt", 40, read_tensors),
+        ("a.png", 80, lambda path: read_image(path, 64)),
+        ("a.jpg", 80, lambda path: read_image(path, 64)),
+        ("config.json", 40, files.read_json),
+        ("prompt.json", 80, lambda path: PairedImages(path.parent, 64)),
+    ):
+        original = (tmp_path / name).read_bytes()
+        for mutant in mutants(original, rng, count):
+            (tmp_path / name).write_bytes(mutant)
+            try:
+                read(tmp_path / name)
+            except UserError:
+                refused += 1
+        (tmp_path / name).write_bytes(original)
+    assert refused > 200
+
+
+def test_malicious_checkpoint_folder(tmp_path, monkeypatch, capsys):
+    """A pickle under a checkpoint's file name is no safetensors file, and is never unpickled."""
+    folder = tmp_path / "run" / "checkpoints" / "step-1"
+    folder.mkdir(parents=True)
+    torch.save(Boom(), folder / "state.safetensors")
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(train, "check_config", lambda *_: 1)
+    options = ["--data", ROOT / "tests" / "fill50k", "--resolution", "64", "--validation-steps", "0"]
+    options += ["--output-dir", tmp_path / "run", "--resume-from-checkpoint", "latest", "--max-train-steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    with pytest.raises(SystemExit):
+        files.run(train.main)
+    assert "state.safetensors is no safetensors file" in capsys.readouterr().err
+    assert not (ROOT / "tests" / "boom.txt").exists()
+
+
+def test_bombs(tmp_path):
+    """A small picture that would decode to gigabytes, and a pickle in a zip file, are refused."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    image = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(60_001)))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "bomb.png").write_bytes(image)
+    with pytest.raises(UserError, match="bomb.png can't be read"):
+        read_image(tmp_path / "bomb.png", 64)
+    with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Boom(), protocol=2))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError):
+        read_tensors(tmp_path / "weights.pth")
+    assert not (ROOT / "tests" / "boom.txt").exists()
