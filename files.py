@@ -5,6 +5,7 @@ Reading never runs code, writing never leaves half a file, fetching says what to
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -68,6 +69,19 @@ def fail(*lines: str) -> NoReturn:
     for line in lines:
         print("error:", " ".join(line.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees, where the C library is glibc (elsewhere nothing is done).
+
+    By default each large tensor is mapped afresh and zeroed page by page by the kernel, step after step: on a CPU a
+    third of a training step at SD 1.5's size.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -12,7 +12,17 @@ from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
 from data import check_resolution
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from files import ArgumentParser, UserError, choose_device, locate, make_folder, read_image, read_tensors, run
+from files import (
+    ArgumentParser,
+    UserError,
+    choose_device,
+    keep_freed_memory,
+    locate,
+    make_folder,
+    read_image,
+    read_tensors,
+    run,
+)
 from pictures import save_picture, side_by_side, to_picture
 from stable_diffusion import StableDiffusion
 from weights import load_controlnet, load_official, official_state_dict
@@ -154,6 +164,8 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     resolution = args.resolution or 512  # for a first look at the hints, before a base is loaded
     for path in args.hint:
         read_image(path, resolution)

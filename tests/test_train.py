@@ -119,6 +119,17 @@ def test_the_response_is_zero_before_the_first_step():
     assert 0 < values["heldout_loss"] < 0.2
 
 
+def test_one_graph():
+    """Nothing in UNet and ControlNet makes torch.compile start a second graph (--compile)."""
+    sd, pairs = StableDiffusion.load("tiny").requires_grad_(False), DrawnImages(2, 64)
+    controlnet = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
+    z, hint = torch.randn(2, 4, 8, 8), torch.stack([pairs.hint(i) for i in range(2)])
+    inputs = z, torch.tensor([3, 700]), sd.encode_prompts(pairs.prompts), hint
+    denoiser = Denoiser(sd.unet, controlnet, bf16=False)
+    compiled = torch.compile(denoiser, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), denoiser(*inputs))
+
+
 def test_interrupt_saves_and_goes_on(tmp_path, monkeypatch):
     command = [sys.executable, ROOT / "train.py", *QUICK, "--output-dir", tmp_path / "run", "--max-train-steps", "2000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
