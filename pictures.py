@@ -14,6 +14,8 @@ from torch import Tensor
 from files import ArgumentParser, UserError, read_log, run, write_atomically
 from metrics import growth_step, jump_step
 
+MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels
+
 
 def to_picture(image: Tensor) -> Image.Image:
     """One image [3, H, W] in [-1, 1] as a Pillow picture."""
@@ -36,16 +38,15 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 def contact_sheet(rows: dict[str, Tensor], captions: list[str]) -> Image.Image:
     """Rows of images [N, 3, H, W] in [-1, 1] by their labels, one column a pair, with the captions below."""
     side = next(iter(rows.values())).shape[-1]
-    margin, columns = 60, len(captions)
-    sheet = Image.new("RGB", (margin + side * columns, side * len(rows) + 64), "white")
+    sheet = Image.new("RGB", (MARGIN + side * len(captions), side * len(rows) + 64), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (label, images) in enumerate(rows.items()):
         draw.text((4, side * y + side // 2), label, fill="black")
         for x, image in enumerate(images):
-            sheet.paste(to_picture(image), (margin + side * x, side * y))
+            sheet.paste(to_picture(image), (MARGIN + side * x, side * y))
     for x, caption in enumerate(captions):
         lines = textwrap.wrap(caption, max(side // 7, 8))[:4]
-        draw.text((margin + side * x + 2, side * len(rows) + 2), "\n".join(lines), fill="black", font_size=10)
+        draw.text((MARGIN + side * x + 2, side * len(rows) + 2), "\n".join(lines), fill="black", font_size=10)
     return sheet
 
 

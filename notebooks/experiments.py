@@ -1,7 +1,8 @@
 """The trainings whose logs the notebooks read: `python notebooks/experiments.py`, about 40 minutes on two CPU cores.
 
 Each run stays in runs/NAME, and one that is complete is not trained again; its log goes to docs/logs/NAME.jsonl. The
-scores of 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png.
+scores of 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png and
+docs/jump.png.
 """
 
 import json
@@ -10,18 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import DrawnImages  # noqa: E402
-from metrics import circle_iou, colour_error  # noqa: E402
-from pictures import save_picture, side_by_side, to_picture  # noqa: E402
-from sample import generate  # noqa: E402
-from stable_diffusion import StableDiffusion  # noqa: E402
-from train import DRAWN_HELD_OUT  # noqa: E402
-from weights import load_controlnet  # noqa: E402
+from data import DrawnImages
+from files import read_log
+from metrics import circle_iou, colour_error
+from pictures import MARGIN, contact_sheet, save_picture, side_by_side, to_picture
+from sample import generate
+from stable_diffusion import StableDiffusion
+from train import DRAWN_HELD_OUT
+from weights import load_controlnet
 
 STEPS = 600
 ARMS = {"zero": [], "gaussian": ["--connection", "gaussian"], "lite": ["--copy", "lite"]}
@@ -41,13 +45,17 @@ PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "perfect": lambda prompt: prompt,
 }
 HINTS = 16
+JUMP_STEPS = (100, 140, 180, 220, 260)
+SIDE = 128  # pixels of the miniature's pictures
 
 
-def train(name: str, *options: str) -> Path:
-    """Train the run `name` unless it is there; its log goes to docs/logs."""
+def train(name: str, *options: str, steps: int = STEPS, encoded: str = "") -> Path:
+    """Train the run `name` unless it is there; its log goes to docs/logs. `encoded` is a run on the same data."""
     folder = ROOT / "runs" / name
-    if not (folder / "convergence.png").exists():
-        command = [sys.executable, "train.py", "--output-dir", folder, "--max-train-steps", STEPS, *options]
+    if encoded and not folder.exists():
+        shutil.copytree(ROOT / "runs" / encoded / "cache", folder / "cache")
+    if len(read_log(folder / "log.jsonl")) < steps:
+        command = [sys.executable, "train.py", "--output-dir", folder, "--max-train-steps", steps, *options]
         if (folder / "config.json").exists():
             command += ["--resume-from-checkpoint", "latest"]
         subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
@@ -59,14 +67,14 @@ def draw(count: int) -> Path:
     """A folder with `count` drawn pairs."""
     folder = ROOT / "runs" / f"drawn-{count}"
     if not (folder / "prompt.json").exists():
-        command = [sys.executable, "data.py", "--count", str(count), "--size", "128", "--output", str(folder)]
+        command = [sys.executable, "data.py", "--count", str(count), "--size", str(SIDE), "--output", str(folder)]
         subprocess.run(command, cwd=ROOT, check=True)
     return folder
 
 
 def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tensor]:
     """IoU and colour error of held-out hints under one kind of prompt, and the first sample."""
-    pairs = DrawnImages(HINTS, 128, DRAWN_HELD_OUT)
+    pairs = DrawnImages(HINTS, SIDE, DRAWN_HELD_OUT)
     hints, prompts = torch.stack([pairs.hint(i) for i in range(HINTS)]), [PROMPTS[kind](p) for p in pairs.prompts]
     controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
     images = generate(sd, [controlnet], [hints], prompts, steps=10, guidance_scale=3.0, mode="conditional")
@@ -76,12 +84,29 @@ def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tenso
     return scores, images[0]
 
 
+def picture_of_the_jump(columns: int = 6) -> None:
+    """docs/jump.png: held-out hints and their samples at some steps, cut from the previews of a run with many."""
+    run = train("jump", "--validation-steps", "20", steps=max(JUMP_STEPS), encoded="ablation-zero-0")
+    previews = run.parent / "previews"
+
+    def row(step: int, number: int) -> torch.Tensor:  # of the preview's hint, step 0, step N, target
+        with Image.open(previews / f"step-{step}.png") as sheet:
+            strip = sheet.crop((MARGIN, SIDE * number, MARGIN + SIDE * columns, SIDE * (number + 1)))
+        pixels = torch.from_numpy(np.array(strip)) / 127.5 - 1
+        return pixels.permute(2, 0, 1).unflatten(2, (columns, SIDE)).permute(2, 0, 1, 3)
+
+    first = JUMP_STEPS[0]
+    rows = {"hint": row(first, 0), "step 0": row(first, 1)} | {f"step {step}": row(step, 2) for step in JUMP_STEPS}
+    prompts = DrawnImages(columns, SIDE, DRAWN_HELD_OUT).prompts
+    save_picture(contact_sheet(rows, prompts), ROOT / "docs" / "jump.png")
+
+
 def main() -> None:
-    runs = {
-        (arm, seed): train(f"ablation-{arm}-{seed}", "--seed", str(seed), *options)
-        for seed in SEEDS
-        for arm, options in ARMS.items()
-    }
+    runs = {}
+    for seed in SEEDS:
+        for arm, options in ARMS.items():
+            encoded = "" if arm == "zero" else f"ablation-zero-{seed}"
+            runs[arm, seed] = train(f"ablation-{arm}-{seed}", "--seed", str(seed), *options, encoded=encoded)
     sd = StableDiffusion.load("tiny").requires_grad_(False)
     scores, rows = [], []
     for (arm, seed), path in runs.items():
@@ -94,7 +119,8 @@ def main() -> None:
         save_picture(row, ROOT / "docs" / f"ablation-{arm}.png")
 
     for name, options in VARIANTS.items():
-        train(name, *options)
+        train(name, *options, encoded="ablation-zero-0")
+    picture_of_the_jump()
 
     paths = {count: train(f"pairs-{count}", "--data", str(draw(count))) for count in PAIRS}
     paths[2000] = runs["zero", 0]
