@@ -1,0 +1,1 @@
+"""The machinery below the reading core: nothing here has to be opened to understand the paper."""

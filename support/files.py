@@ -1,0 +1,122 @@
+"""Files in and out: reading never runs code, writing never leaves half a file."""
+
+import contextlib
+import json
+import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from support.errors import UserError
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a weight file and its metadata (empty but for safetensors), memory-mapped: nothing is read yet.
+
+    Takes .safetensors, and .ckpt, .pth, .pt, .bin as far as they hold nothing but tensors: pickled objects are
+    never built. Raises UserError when the file is missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: pass the single-file checkpoint (.safetensors) instead")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no safetensors file, or a damaged one ({error}): fetch it again") from None
+    if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
+        raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version "
+            "(or it is no PyTorch file at all)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no PyTorch file ({error}): fetch it again") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no named tensors: pass a checkpoint")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)  # it can only be read by setting it
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, flush it, and move it there: readers see the old file or the new one.
+
+    Raises UserError when the folder can't be written or the disk is full; what stood at `path` is then intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".partial-{path.name}")  # one name, so that a killed run's is written over
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
+        move(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {path} ({error}): make room or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone when all went well
+            temporary.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, before the work whose results go there. Raises UserError when nothing can be written to it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"can't write to {path} ({error}): choose another folder") from None
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename in one step, and make sure that the new name outlasts a power cut."""
+    os.replace(source, target)
+    if os.name == "posix":
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, replacing what was there only when it is complete."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt"} | (metadata or {})
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError when it is missing or something else."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read as JSON ({error}): restore it") from None
+    return content
+
+
+def save_json(content: dict, path: str | Path) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))

@@ -1,0 +1,71 @@
+"""Files of the Hugging Face hub, fetched once."""
+
+import os
+import re
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from support.errors import UserError
+
+
+def fetch(repo: str, file: str, advice: str) -> Path:
+    """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
+
+    Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
+    try:
+        cached = try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
+        print(f"fetching {file} from huggingface.co/{repo}")
+        return Path(hf_hub_download(repo, file))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None
+
+
+def locate(source: str | Path, advice: str) -> Path:
+    """A local path as it is, or owner/repo:file fetched from the hub. Raises UserError as fetch does."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source))
+    if match and not Path(source).exists():
+        return fetch(match[1], match[2], advice)
+    return Path(source)
+
+
+def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str) -> Path:
+    """A zip file of a Hugging Face repository, unpacked once into `folder`: the part of it that `contains` a file.
+
+    Raises UserError when it can't be had or is damaged.
+    """
+    if (folder / contains).is_file():
+        return folder
+    archive = fetch(repo, file, advice)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+        unpack(archive, Path(temporary))
+        found = next(Path(temporary).rglob(contains), None)
+        if found is None:
+            raise UserError(f"{archive} has no {contains} in it: delete it, so that it is fetched again")
+        os.replace(found.parent, folder)
+    return folder
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip file whose every entry lies inside `folder`; raises UserError otherwise, or when it is damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in file.namelist():
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
+            for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
+                file.extract(name, folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive} is damaged ({error}): delete it, so that it is fetched again") from None

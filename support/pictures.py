@@ -1,0 +1,94 @@
+"""Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
+
+import json
+import struct
+import textwrap
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch import Tensor
+
+from support.errors import UserError
+from support.files import write_atomically
+
+MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """One image [3, H, W] in [-1, 1] as a Pillow picture."""
+    return Image.fromarray(((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a PNG; `settings` go into its text chunk "settings" as JSON."""
+    info = PngImagePlugin.PngInfo()
+    if settings:
+        info.add_text("settings", json.dumps(settings))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one height as one row."""
+    return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+
+
+def contact_sheet(rows: dict[str, Tensor], captions: list[str]) -> Image.Image:
+    """Rows of images [N, 3, H, W] in [-1, 1] by their labels, one column a pair, with the captions below."""
+    side = next(iter(rows.values())).shape[-1]
+    sheet = Image.new("RGB", (MARGIN + side * len(captions), side * len(rows) + 64), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (label, images) in enumerate(rows.items()):
+        draw.text((4, side * y + side // 2), label, fill="black")
+        for x, image in enumerate(images):
+            sheet.paste(to_picture(image), (MARGIN + side * x, side * y))
+    for x, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, max(side // 7, 8))[:4]
+        draw.text((MARGIN + side * x + 2, side * len(rows) + 2), "\n".join(lines), fill="black", font_size=10)
+    return sheet
+
+
+def fit_image(image: Image.Image, resolution: int, square: bool = True) -> Tensor:
+    """Any picture -> [3, H, W] in [0, 1]: the shorter side to `resolution`, antialiased bilinear, then the centre.
+
+    The centre is a square, or else the largest part whose sides are multiples of 64.
+    """
+    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is background: black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    crop_width, crop_height = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    pixels = np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture, decoded whole and turned as its EXIF says. Raises UserError when it is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise UserError(f"{path} can't be read as a picture ({error}): save it again as PNG or JPEG") from None
+
+
+def read_image(path: Path, resolution: int, square: bool = True) -> Tensor:
+    """open_image, then fit_image: a picture's file -> [3, H, W] in [0, 1]. Raises UserError as open_image does."""
+    return fit_image(open_image(path), resolution, square)

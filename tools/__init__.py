@@ -1,0 +1,1 @@
+"""Programs that are run now and then: `python -m tools.NAME`."""
