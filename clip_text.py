@@ -1,9 +1,10 @@
-"""CLIP's text side: the byte-level BPE tokenizer and the text transformer that gives the UNet its context."""
+"""CLIP's text side: the byte-level BPE tokenizer, and the text transformer whose output is the UNet's context."""
 
 import gzip
 import html
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,26 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_LENGTH = 77  # token ids in a prompt, start and end included
-NUM_MERGES = 48_894  # of the published list; it goes on, but CLIP's vocabulary ends there
+MAX_LENGTH = 77  # token ids per prompt, start and end included
+NUM_MERGES = 48_894  # the published list is longer, but CLIP's vocabulary ends here
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
 
 @lru_cache
 def byte_symbols() -> dict[int, str]:
-    """A printable character for each of the 256 bytes: itself where it prints, else one from U+0100 on."""
+    """A printable character for each of the 256 bytes: its own if it has one, else one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = {byte: chr(byte) for byte in printable}
     for byte in range(256):
         if byte not in symbols:
             symbols[byte] = chr(256 + len(symbols) - len(printable))
-    return symbols  # the order is that of CLIP's vocabulary
+    return symbols  # in the order of CLIP's vocabulary
 
 
 def split_words(text: str) -> list[str]:
-    """The words that BPE works on: special tokens, contractions, runs of letters, single digits, runs of the rest."""
-    kinds = {"L": "L", "N": "N"}  # Unicode's major categories: letters, numbers; marks count as the rest
+    """Split into the words that BPE works on: special tokens, contractions, letters, single digits, the rest."""
+    kinds = {"L": "L", "N": "N"}  # Unicode's major categories: letters and numbers; marks count as the rest
     classes = "".join(" " if c.isspace() else kinds.get(unicodedata.category(c)[0], "x") for c in text)
     special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)")
     run = re.compile(r"L+|N|x+")
@@ -48,10 +49,10 @@ STRAIGHT_QUOTES = {ord(c): "'" for c in "\u02bc\u2018\u2019\u201a\u201b"} | dict
 
 
 def normalize(text: str) -> str:
-    """Plain forms of what keyboards and editors vary: quotes, full-width forms, ligatures, composed accents.
+    """Replace curly quotes, full-width forms and ligatures by plain ones, and compose accents.
 
-    The published tokenizer calls the library ftfy here, which also repairs mis-decoded bytes ("cafÃ©") and removes
-    control characters and terminal escapes. This one does not: such text is taken as it stands.
+    The released tokenizer calls the library ftfy here, which also repairs wrongly decoded text ("cafÃ©") and removes
+    control characters and terminal escapes. This one leaves such text as it is.
     """
     text = text.translate(STRAIGHT_QUOTES)
     compatible = re.compile("[\ufb00-\ufb06\uff01-\uffef]")
@@ -60,21 +61,21 @@ def normalize(text: str) -> str:
 
 
 class Tokenizer:
-    """Text to CLIP's token ids, by byte-level byte-pair encoding; `normalize` says where it differs from CLIP's."""
+    """Text to CLIP's token ids and back, by byte-level byte-pair encoding; `normalize` says where CLIP's differs."""
 
     def __init__(self, merges: list[tuple[str, str]]):
         symbols = list(byte_symbols().values())
-        vocabulary = symbols + [s + WORD_END for s in symbols] + ["".join(pair) for pair in merges] + [START, END]
-        self.ids = {token: i for i, token in enumerate(vocabulary)}
+        self.tokens = symbols + [s + WORD_END for s in symbols] + ["".join(pair) for pair in merges] + [START, END]
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.start, self.end = self.ids[START], self.ids[END]
         self.cache = {START: [self.start], END: [self.end]}
 
     @classmethod
     def from_merges(cls, path: str | Path) -> "Tokenizer":
-        """Read a merges.txt (a "#version" line, then one pair a line), or CLIP's published list as .gz.
+        """Read a merges.txt (a "#version" line, then one pair per line), or CLIP's published list as .gz.
 
-        Raises OSError when the file can't be read and ValueError when it is no list of merges.
+        Raises OSError if the file can't be read and ValueError if it is not a list of merges.
         """
         opener = gzip.open if Path(path).suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
@@ -86,7 +87,7 @@ class Tokenizer:
         return cls(merges)
 
     def merge(self, word: str) -> list[int]:
-        """One word to ids: its bytes, joined pair by pair, always the pair that comes first in the list."""
+        """One word to ids: join its bytes pair by pair, always the pair that comes first in the list of merges."""
         if word in self.cache:
             return self.cache[word]
         parts = [byte_symbols()[byte] for byte in word.encode("utf-8")]
@@ -105,13 +106,23 @@ class Tokenizer:
         return self.cache[word]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text of any length, without start and end."""
-        text = html.unescape(html.unescape(normalize(text)))  # twice, as published: &amp;lt; is <
+        """Token ids of a text of any length, without start and end."""
+        text = html.unescape(html.unescape(normalize(text)))  # twice, as released: &amp;lt; becomes <
         text = " ".join(text.split()).lower()
         return [i for word in split_words(text) for i in self.merge(word)]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """Token ids to text, a space between words; broken UTF-8 becomes U+FFFD. Raises IndexError for unknown ids."""
+        symbols = "".join(self.tokens[i] for i in ids).replace(WORD_END, byte_symbols()[ord(" ")])
+        byte_values = {symbol: byte for byte, symbol in byte_symbols().items()}
+        return bytes(byte_values[symbol] for symbol in symbols).decode("utf-8", errors="replace").strip()
+
+    def cut(self, text: str) -> str:
+        """The part of a prompt that does not fit into its 75 tokens, decoded; "" if all of it fits."""
+        return self.decode(self.encode(text)[MAX_LENGTH - 2 :])
+
     def __call__(self, prompts: list[str]) -> Tensor:
-        """Prompts to int64 [B, 77]: start, at most 75 ids, end, and ends again as padding."""
+        """Prompts to ids int64 [B, 77]: start, up to 75 tokens, end, padded with more ends."""
         ids = torch.full((len(prompts), MAX_LENGTH), self.end)
         for row, prompt in zip(ids, prompts):
             tokens = [self.start, *self.encode(prompt)[: MAX_LENGTH - 2]]
@@ -132,7 +143,7 @@ class CLIPTextConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, [B, N, D] -> [B, N, D]: a token sees itself and those before it."""
+    """Causal self-attention: [B, N, D] -> [B, N, D]. A token attends to itself and to those before it."""
 
     def __init__(self, width, num_heads):
         super().__init__()
@@ -146,12 +157,12 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # softmax(Q K^T / sqrt(d) + mask) V
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: attention, then two linear layers, each added to its input."""
+    """A pre-norm transformer layer: attention, then an MLP, each added to its input."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -164,16 +175,16 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
         h = self.mlp_in(self.norm2(x))
-        return x + self.mlp_out(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
+        return x + self.mlp_out(h * torch.sigmoid(1.702 * h))  # CLIP's "quick GELU"
 
 
 class CLIPTextModel(nn.Module):
-    """Token ids to the context that the UNet attends to: every position, after the last layer's norm."""
+    """Token ids to the context that the UNet attends to: all positions, after the final LayerNorm."""
 
     def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
         super().__init__()
         self.config = config
-        # nn.Embedding's own initialisation takes a second on the meta device, where checkpoints are loaded.
+        # Not nn.Embedding(...): its initialisation takes a second on the meta device, where models are built to load.
         embedding = partial(nn.Embedding.from_pretrained, freeze=False)
         self.token_embedding = embedding(torch.randn(config.vocab_size, config.width))
         self.position_embedding = embedding(torch.randn(config.max_length, config.width))
@@ -181,7 +192,7 @@ class CLIPTextModel(nn.Module):
         self.norm_out = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, N], N at most 77 -> [B, N, D]."""
+        """Ids int64 [B, N], N at most 77 -> context [B, N, D]."""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x)

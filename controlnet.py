@@ -2,20 +2,21 @@
 
 from copy import deepcopy
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from unet import DownBlock, UNet, UNetConfig, run_block
+import ablations
+from unet import UNet, UNetConfig, run_block
 
 HINT_CHANNELS = (16, 32, 96, 256)
-GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released
+GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it is published
 
 
 def zero_conv(channels: int) -> nn.Conv2d:
     """Z in equation (2): a 1x1 convolution that starts at zero.
 
     It does train: for y = wx + b with w = b = 0 the gradients are dy/dw = x and dy/db = 1. Only dy/dx = w is zero,
-    so whatever lies before it has to wait one step.
+    so whatever comes before it has to wait one step.
     """
     return zero_weights(nn.Conv2d(channels, channels, 1))
 
@@ -27,13 +28,13 @@ def zero_weights(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class HintEncoder(nn.Sequential):
-    """E in equation (4): the hint image to the latent's size, and the zero convolution Z(·; Θ_z1) after it.
+    """E in equation (4), from the hint image to the latent's size, and after it the zero convolution Z(·; Θ_z1).
 
     Hint [B, 3, H, W] in [0, 1] -> features [B, model_channels, H/8, W/8].
 
-    This is the released one: eight 3x3 convolutions with SiLU, strides 2 at the third, fifth and seventh, the last
-    a zero convolution of 3x3. The paper describes another: four 4x4 convolutions of stride 2 with ReLU and 16, 32,
-    64 and 128 channels, Gaussian weights; taken literally that ends at 1/16 of the side and 128 channels.
+    Paper and released code differ. This is the released one: eight 3x3 convolutions with SiLU, strides 2 at the
+    third, fifth and seventh, the last a 3x3 zero convolution. The paper describes four 4x4 convolutions of stride 2
+    with ReLU, 16, 32, 64 and 128 channels and Gaussian weights, which would end at 1/16 of the side.
     """
 
     def __init__(self, out_channels: int, hint_channels: tuple[int, ...] = HINT_CHANNELS, init: str = "default"):
@@ -43,8 +44,8 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: it shrinks the signal from layer to layer, and the plateau before
-        # the sudden convergence is long. "he" keeps the signal's size.
+        # "default" is PyTorch's, as released: the signal shrinks from layer to layer, and the plateau before the
+        # sudden convergence is long. "he" (He et al. 2015) keeps the signal's size.
         if init == "he":
             for layer in layers[::2]:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -54,24 +55,16 @@ class HintEncoder(nn.Sequential):
         super().__init__(*layers, zero_weights(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
 
-class LiteBlock(nn.Module):
-    """ControlNet-lite (Fig. 8c): one convolution in a copied block's place; it sees neither time nor prompt."""
-
-    def __init__(self, in_channels, out_channels, stride=1):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor | None, context: Tensor) -> Tensor:
-        return F.silu(self.conv(x))
-
-
 class ControlNet(nn.Module):
-    """The trainable copy of an encoder: latent, hint, time and prompt to 13 residuals for the locked UNet."""
+    """The trainable copy of an encoder: latent, hint, time and prompt to 13 residuals for the locked UNet.
 
-    def __init__(self, config: UNetConfig, time_embed, encoder, middle, hint_encoder, connection="zero"):
+    `time_embed` is None in a ControlNet-lite (ablations.py), whose blocks see neither time nor prompt.
+    """
+
+    def __init__(self, config: UNetConfig, time_embed, encoder, middle, hint_encoder):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = False  # set True to trade time for memory in training
         self.time_embed = time_embed
         self.encoder = encoder
         self.middle = middle
@@ -79,39 +72,30 @@ class ControlNet(nn.Module):
         widths = encoder_channels(config)
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels in widths)
         self.middle_zero_conv = zero_conv(widths[-1])
-        if connection == "gaussian":  # the ablation of Fig. 8b: ordinary weights instead of zeros
-            for conv in [*self.zero_convs, self.middle_zero_conv, hint_encoder[-1]]:
-                nn.init.normal_(conv.weight, std=0.02)
-        elif connection != "zero":
-            raise ValueError(f"connection is 'zero' or 'gaussian', not {connection!r}")
 
     @classmethod
     def from_unet(
-        cls,
-        unet: UNet,
-        hint_channels: tuple[int, ...] = HINT_CHANNELS,
-        hint_init: str = "default",
-        connection: str = "zero",
-        copy: str = "full",
-    ) -> "ControlNet":
-        """Copy the UNet's encoder, middle block and time embedding, dtype and device included, ready to train.
+        cls, unet: UNet, hint_channels: tuple[int, ...] = HINT_CHANNELS, hint_init: str = "default",
+        connection: str = "zero", copy: str = "full",
+    ) -> "ControlNet":  # fmt: skip
+        """Copy the UNet's time embedding, encoder and middle block, dtype and device included, ready to train.
 
         `connection="gaussian"` and `copy="lite"` are the paper's ablations (Fig. 8b, 8c).
         Raises ValueError for other words.
         """
-        config, place = unet.config, unet.conv_out.weight
-        hint_encoder = HintEncoder(config.model_channels, hint_channels, hint_init)
+        hint_encoder = HintEncoder(unet.config.model_channels, hint_channels, hint_init)
         if copy == "full":
-            time_embed, encoder, middle = (deepcopy(part) for part in (unet.time_embed, unet.encoder, unet.middle))
+            parts = deepcopy(unet.time_embed), deepcopy(unet.encoder), deepcopy(unet.middle)
         elif copy == "lite":
-            widths = [config.in_channels, *encoder_channels(config)]
-            strides = [2 if isinstance(block, DownBlock) else 1 for block in unet.encoder]
-            time_embed, middle = None, LiteBlock(widths[-1], widths[-1])
-            encoder = nn.ModuleList(LiteBlock(*io, stride) for *io, stride in zip(widths, widths[1:], strides))
+            parts = ablations.lite_copy(unet, encoder_channels(unet.config))
         else:
             raise ValueError(f"copy is 'full' or 'lite', not {copy!r}")
-        controlnet = cls(config, time_embed, encoder, middle, hint_encoder, connection)
-        return controlnet.to(place.device, place.dtype).requires_grad_(True)
+        controlnet = cls(unet.config, *parts, hint_encoder)
+        if connection == "gaussian":
+            ablations.gaussian_weights(*controlnet.zero_convs, controlnet.middle_zero_conv, hint_encoder[-1])
+        elif connection != "zero":
+            raise ValueError(f"connection is 'zero' or 'gaussian', not {connection!r}")
+        return controlnet.to(unet.conv_out.weight.device, unet.conv_out.weight.dtype).requires_grad_(True)
 
     @property
     def lite(self) -> bool:
@@ -121,19 +105,55 @@ class ControlNet(nn.Module):
         """Equation (2) without its first term: Z(F(x + Z(c; Θ_z1); Θ_c); Θ_z2) for each of the 13 connections.
 
         x [B, 4, h, w], hint [B, 3, 8h, 8w] in [0, 1], t int64 [B], context [B, 77, D] -> 13 residuals, shallow to
-        deep, the middle block's last. The UNet adds them to F(x; Θ), its own features.
+        deep, the middle block's last. The UNet adds them to F(x; Θ), its own features: y_c = F(x; Θ) + residual.
         """
         time = None if self.lite else self.time_embed(t)
-        condition = self.hint_encoder(hint)  # c_f = E(c_i), equation (4), through Z(·; Θ_z1)
+        condition = self.hint_encoder(hint)  # Z(c; Θ_z1), c = E(hint) as in equation (4)
         residuals = []
         h = x
-        for block, zero in zip(self.encoder, self.zero_convs, strict=True):
-            h = run_block(block, self.checkpointing, h, time, context)
-            if not residuals:
-                h = h + condition  # after the first block, a convolution to model_channels
-            residuals.append(zero(h))
+        for i, (block, zero) in enumerate(zip(self.encoder, self.zero_convs, strict=True)):
+            h = run_block(block, self.checkpointing, h, time, context)  # F(·; Θ_c), block by block
+            if i == 0:
+                # x + Z(c; Θ_z1). The latent has 4 channels, the condition model_channels: as released, they are added
+                # where their widths agree, after the first block; in the paper's figure before it.
+                h = h + condition
+            residuals.append(zero(h))  # Z(·; Θ_z2)
         h = run_block(self.middle, self.checkpointing, h, time, context)
         return [*residuals, self.middle_zero_conv(h)]
+
+
+class Denoiser(nn.Module):
+    """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
+
+    What learns and what is locked is decided here: the UNet is locked (Θ in equation 2), the ControlNet learns.
+    `trained` holds the modules that learn, by name. `bf16` computes in bfloat16 and stores the locked part in it;
+    weights that learn stay float32, and so does their optimizer's state.
+    """
+
+    def __init__(
+        self, unet: UNet, controlnet: ControlNet, *, bf16: bool = False, unlock_decoder: bool = False,
+        only_mid_control: bool = False, checkpointing: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.unet, self.controlnet, self.bf16 = unet.requires_grad_(False), controlnet, bf16
+        self.trained: dict[str, nn.Module] = {"controlnet": controlnet}
+        if unlock_decoder:  # the released code's sd_locked = False
+            parts = ("decoder", "norm_out", "conv_out")
+            self.trained |= {name: getattr(unet, name).requires_grad_(True) for name in parts}
+        if only_mid_control:
+            # The other twelve connections stay zero convolutions. The released code leaves the skip connections out
+            # of the sum instead: the same result, but from a file that says nothing of it.
+            for conv in controlnet.zero_convs:
+                zero_weights(conv).requires_grad_(False)
+        for name, part in unet.named_children():
+            if bf16 and name not in self.trained:
+                part.bfloat16()
+        controlnet.checkpointing = unet.checkpointing = checkpointing
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
+        """z [B, 4, h, w], t int64 [B], context [B, 77, D], hint [B, 3, 8h, 8w] in [0, 1] -> ε [B, 4, h, w], float32."""
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.unet(z, t, context, self.controlnet(z, hint, t, context)).float()
 
 
 def encoder_channels(config: UNetConfig) -> list[int]:
@@ -149,9 +169,8 @@ def control_weights(mode: str, strength: float = 1.0) -> list[float]:
     """A factor for each of the 13 residuals, in their order (shallow to deep, the middle last).
 
     "uniform" and "conditional": 1. "guess": 0.825^(12 - i), as released. "resolution": the paper's w_i = 64/h_i
-    (Sec. 3.4), at any size the latent's side over the feature's side; the released code has no such formula, and
-    the eightfold weight of the deepest level is too strong for some images. Which side of guidance sees the hint
-    is sample.generate's part: "uniform" both, the others only the conditional one. Raises ValueError for other modes.
+    (Sec. 3.4), at any size the latent's side over the feature's; the released code has no such formula, and for some
+    images the eightfold weight of the deepest level is too strong. Raises ValueError for other modes.
     """
     weights = {
         "uniform": [1.0] * 13,

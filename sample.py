@@ -1,30 +1,21 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
-import sys
-from bisect import bisect_right
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_text import MAX_LENGTH
 from controlnet import ControlNet, add_residuals, control_weights
-from data import check_resolution
-from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
-from files import (
-    ArgumentParser,
-    UserError,
-    choose_device,
-    keep_freed_memory,
-    locate,
-    make_folder,
-    read_image,
-    read_tensors,
-    run,
-)
-from pictures import save_picture, side_by_side, to_picture
+from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
+from support import options
+from support.devices import choose_device
+from support.errors import UserError, run_command_line
+from support.files import make_folder, read_tensors
+from support.hub import locate
+from support.pictures import fit_image, open_image, save_picture, side_by_side, to_picture
+from support.randomness import DDIM, generator_for
 from weights import load_controlnet, load_official, official_state_dict
 
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
@@ -32,27 +23,18 @@ CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 
 @torch.no_grad()
 def generate(
-    sd: StableDiffusion,
-    controlnets: list[ControlNet],
-    hints: list[Tensor],
-    prompts: list[str],
-    *,
-    negative_prompt: str = "",
-    steps: int = 20,
-    guidance_scale: float = 9.0,
-    strengths: list[float] | None = None,
-    mode: str = "uniform",
-    eta: float = 0.0,
-    seed: int = 0,
-    size: tuple[int, int] | None = None,
-    progress: bool = False,
-) -> Tensor:
+    sd: StableDiffusion, controlnets: list[ControlNet], hints: list[Tensor], prompts: list[str], *,
+    negative_prompt: str = "", steps: int = 20, guidance_scale: float = 9.0, strengths: list[float] | None = None,
+    weighting: str = "uniform", both_sides: bool = True, eta: float = 0.0, seed: int = 0,
+    size: tuple[int, int] | None = None, progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
     `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is
     (H, W). Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of
-    several ControlNets are added, each times its strength and control_weights(mode). In mode "uniform" both sides
-    of guidance see the hint; in the others only the conditional side does, and no ControlNet runs for the other.
+    several ControlNets are added (Fig. 6), each times its strength and control_weights(weighting). With `both_sides`
+    both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4),
+    and no ControlNet runs for the other.
     """
     device = sd.device
     strengths = strengths or [1.0] * len(controlnets)
@@ -65,8 +47,8 @@ def generate(
     context = sd.encode_prompts(prompts)
     if guided:  # one batch: the unconditional half first
         context = torch.cat([sd.encode_prompts([negative_prompt]).expand_as(context), context])
-    skipped = len(prompts) if guided and mode != "uniform" else 0  # rows whose side does not see the hint
-    weights = [control_weights(mode, strength) for strength in strengths]
+    skipped = len(prompts) if guided and not both_sides else 0  # rows of the side that does not see the hint
+    weights = [control_weights(weighting, strength) for strength in strengths]
     hints = [hint.to(device).repeat(2 if guided and not skipped else 1, 1, 1, 1) for hint in hints]
 
     def control(z: Tensor, t: Tensor) -> list[Tensor] | None:
@@ -90,128 +72,83 @@ def generate(
 
     # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
     bfloat16 = device.type == "cuda" or sd.unet.encoder[0].conv.weight.dtype == torch.bfloat16
-    noise = torch.Generator(device).manual_seed(seed)
-    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, noise)
+    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM))
     bar.close()
     return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
 
 
 def load_decoders(sd: StableDiffusion, paths: list[Path]) -> None:
-    """Put the UNet's decoder that came with a ControlNet (train.py --unlock-decoder) in the base's place.
+    """Load the UNet's decoder that was trained along with a ControlNet (train.py --unlock-decoder) into the base.
 
-    Raises UserError when two of them brought one.
+    Raises UserError when two of the files have one.
     """
     marked = [path for path in paths if not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]]
     if len(marked) > 1:
         raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
     for path in marked:
-        tensors, _ = read_tensors(path)
-        load_official(sd.unet, official_state_dict(sd.unet) | tensors, str(path))
-
-
-def warn_if_cut(sd: StableDiffusion, prompt: str) -> None:
-    """Say which words of a prompt do not fit into 75 tokens."""
-    words, room = prompt.split(), MAX_LENGTH - 2
-
-    def tokens(count: int) -> int:
-        return len(sd.tokenizer.encode(" ".join(words[:count])))
-
-    if tokens(len(words)) > room:
-        kept = bisect_right(range(len(words) + 1), room, key=tokens) - 1
-        rest = " ".join(words[kept:])
-        print(f"warning: {tokens(len(words))} tokens in the prompt, {room} fit; cut from: {rest}", file=sys.stderr)
+        load_official(sd.unet, official_state_dict(sd.unet) | read_tensors(path)[0], str(path))
 
 
 def parse_arguments():
-    parser = ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
-    add = parser.add_argument
+    parser = options.ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
+    add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
+    ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
     add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, or owner/repo:file")
     add("--controlnet", action="append", default=[], help="a file, a diffusers folder, or owner/repo:file; repeatable")
     add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
-    add("--strength", action="append", type=float, default=[], help="one for all, or one for each (default: 1)")
+    add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
     add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")
     add("--negative-prompt", default="", help="what to stay away from")
-    add("--num-samples", type=int, default=1)
-    add("--steps", type=int, help="DDIM steps (default: tiny 10, sd15 20)")
-    add("--guidance-scale", type=float, help="β of classifier-free guidance (default: tiny 3, sd15 9)")
+    add("--num-samples", type=options.positive_int, default=1)
+    add("--steps", type=ddim_steps, dest="sampling_steps", help="DDIM steps (default: tiny 10, sd15 20)")
+    add("--guidance-scale", type=finite, help="β of classifier-free guidance (default: tiny 3, sd15 9)")
     add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
-    add("--resolution", type=int, help="shorter side in pixels, a multiple of 64 (default: tiny 128, sd15 512)")
-    add("--seed", type=int, default=0, help="sample i starts from seed + i")
+    add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
+    add("--seed", type=options.count_or_zero, default=0, help="sample i starts from seed + i")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     add("--output", type=Path, default=Path("out.png"), help="the row of hint and samples; samples go to out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
         raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")
     if len(args.strength) not in (0, 1, len(args.controlnet)):
-        raise UserError(
-            f"{len(args.strength)} --strength, {len(args.controlnet)} --controlnet: give one, or one for each"
-        )
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples}: must be 1 or more")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
+        raise UserError(f"{len(args.strength)} --strength, {len(args.controlnet)} --controlnet: give one, or one each")
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: must end in .png")
-    check_resolution(args.resolution)
-    if args.steps is not None:
-        try:
-            ddim_timesteps(NoiseSchedule(), args.steps)
-        except ValueError as error:
-            raise UserError(f"--steps: {error}") from None
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    resolution = args.resolution or 512  # for a first look at the hints, before a base is loaded
-    for path in args.hint:
-        read_image(path, resolution)
-    advice = "pass a local file with --controlnet FILE"
-    paths = [locate(source, advice) for source in args.controlnet]
+    pictures = [open_image(path) for path in args.hint]
+    paths = [locate(source, "pass a local file with --controlnet FILE") for source in args.controlnet]
 
     sd = StableDiffusion.load(args.base)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
     load_decoders(sd, paths)
     for module in (sd, *controlnets):
         module.to(device)
-    resolution = args.resolution or sd.preset.resolution
-    hints = [read_image(path, resolution, square=False) for path in args.hint]
+    args = options.with_defaults(args, sd.preset)
+    hints = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     sizes = {tuple(hint.shape[1:]) for hint in hints}
     if len(sizes) > 1:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
-    for prompt in (args.prompt, args.negative_prompt):
-        warn_if_cut(sd, prompt)
+    options.warn_if_cut(sd.tokenizer, {"--prompt": args.prompt, "--negative-prompt": args.negative_prompt})
     make_folder(args.output.absolute().parent)
 
+    strengths = (args.strength * len(paths))[: len(paths)] or [1.0] * len(paths)
     settings = {
-        "base": args.base,
-        "controlnet": args.controlnet,
-        "hint": [str(path) for path in args.hint],
-        "strength": (args.strength * len(paths))[: len(paths)] or [1.0] * len(paths),
-        "prompt": args.prompt,
-        "negative_prompt": args.negative_prompt,
-        "steps": args.steps or sd.preset.sampling_steps,
-        "guidance_scale": sd.preset.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "control_mode": args.control_mode,
-        "resolution": resolution,
-    }
+        "base": args.base, "controlnet": args.controlnet, "hint": [str(path) for path in args.hint],
+        "strength": strengths, "prompt": args.prompt, "negative_prompt": args.negative_prompt,
+        "steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "control_mode": args.control_mode,
+        "resolution": args.resolution,
+    }  # fmt: skip
     images = generate(
-        sd,
-        controlnets,
-        [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
-        [args.prompt] * args.num_samples,
-        negative_prompt=args.negative_prompt,
-        steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        strengths=settings["strength"],
-        mode=args.control_mode,
-        seed=args.seed,
-        size=(resolution, resolution),
-        progress=True,
-    )
+        sd, controlnets, [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
+        [args.prompt] * args.num_samples, negative_prompt=args.negative_prompt, steps=args.sampling_steps,
+        guidance_scale=args.guidance_scale, strengths=strengths, weighting=args.control_mode,
+        both_sides=args.control_mode == "uniform", seed=args.seed, size=(args.resolution,) * 2, progress=True,
+    )  # fmt: skip
     samples = [to_picture(image) for image in images]
     for i, sample in enumerate(samples):
         path = args.output.with_name(f"{args.output.stem}-{i}.png")
@@ -222,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "a lower --resolution or --num-samples")
+    run_command_line(main, "a lower --resolution or --num-samples")

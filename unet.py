@@ -1,26 +1,26 @@
 """The UNet of Stable Diffusion 1.x: 12 encoder blocks, 1 middle block, 12 decoder blocks (paper, Fig. 3a).
 
-Shapes used throughout: latents x [B, 4, h, w] with h and w multiples of 8, time steps t int64 [B],
-context (the encoded prompt) [B, 77, D], residuals as the encoder's features.
-`python unet.py` prints the block table, computed from the model.
+Shapes throughout: latents x [B, 4, h, w] with h and w multiples of 8, time steps t int64 [B], context (the encoded
+prompt) [B, 77, D]. `python unet.py` prints the block table, computed from the model.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet; the defaults are Stable Diffusion 1.5's.
+    """Sizes of a UNet, Stable Diffusion 1.5's by default. Each entry of `channel_mult` is a level, finest first.
 
-    `channel_mult` has one entry a level, each level halving the resolution of the one before.
-    `attention_levels` names the levels whose ResBlocks are followed by a SpatialTransformer.
+    In `attention_levels` a SpatialTransformer follows every ResBlock.
     """
 
     in_channels: int = 4
@@ -35,21 +35,19 @@ class UNetConfig:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of time steps: t [B] -> float32 [B, dim], cosines first."""
+    """Sinusoidal embedding of time steps: t [B] -> float32 [B, dim], cosines first, then sines."""
+    # w_i = 10000^(-2i/dim) for i = 0 ... dim/2 - 1: from 1 down to about 1/10000 radian per time step
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimeEmbedding(nn.Sequential):
-    """Time steps t int64 [B] -> [B, 4 * model_channels], which every ResBlock adds in its middle."""
+    """Time steps t int64 [B] -> [B, 4 * model_channels], an input of every ResBlock."""
 
     def __init__(self, model_channels):
-        super().__init__(
-            nn.Linear(model_channels, 4 * model_channels),
-            nn.SiLU(),
-            nn.Linear(4 * model_channels, 4 * model_channels),
-        )
+        width = 4 * model_channels
+        super().__init__(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
         self.model_channels = model_channels
 
     def forward(self, t: Tensor) -> Tensor:
@@ -57,9 +55,9 @@ class TimeEmbedding(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around the time embedding, with a shortcut: [B, C_in, h, w] -> [B, C_out, h, w].
+    """y = shortcut(x) + conv2(silu(norm2(h))) with h = conv1(silu(norm1(x))) + linear(silu(time)).
 
-    Without `time_channels` it is the VAE's ResBlock, which knows no time.
+    [B, C_in, h, w] -> [B, C_out, h, w]. Without `time_channels` it is the VAE's ResBlock, which has no time input.
     """
 
     def __init__(self, in_channels, out_channels, time_channels=None, norm_groups=32, eps=1e-5):
@@ -73,14 +71,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_proj is not None:
+        if self.time_proj is not None:  # one offset per channel, the same at every position
             h = h + self.time_proj(F.silu(time))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, C] over context [B, M, D]; over x itself when no context is given."""
+    """Multi-head attention from x [B, N, C] to context [B, M, D], or to x itself without a context."""
 
     def __init__(self, channels, num_heads, context_dim=None):
         super().__init__()
@@ -92,17 +90,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-
-        def split_heads(projected: Tensor) -> Tensor:  # [B, N, C] -> [B, heads, N, C / heads]
-            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        q, k, v = split_heads(self.to_q(x)), split_heads(self.to_k(context)), split_heads(self.to_v(context))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)  # [B, heads, N, d]
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(Q K^T / sqrt(d)) V
+        return self.to_out(h.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GEGLU gate between: [B, N, C] -> [B, N, C]."""
+    """Two linear layers with a GEGLU between them: [B, N, C] -> [B, N, C]."""
 
     def __init__(self, channels):
         super().__init__()
@@ -111,15 +106,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+        return self.proj_out(value * F.gelu(gate))  # GEGLU(x) = (x W_1 + b_1) * GELU(x W_2 + b_2)
 
 
 class SpatialTransformer(nn.Module):
-    """The paper's "ViT": pixels attend to each other, then to the prompt. [B, C, h, w] -> [B, C, h, w]."""
+    """The paper's "ViT": positions attend to each other, then to the prompt. [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels, num_heads, context_dim, norm_groups=32):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the ResBlocks
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)  # 1e-5 in the UNet's ResBlocks
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, num_heads)
@@ -130,14 +125,11 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        h = self.proj_in(self.norm(x))
-        h = h.flatten(2).transpose(1, 2)  # [B, h*w, C]
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # [B, h*w, C]
         h = h + self.self_attention(self.norm1(h))
         h = h + self.cross_attention(self.norm2(h), context)
         h = h + self.feed_forward(self.norm3(h))
-        h = h.transpose(1, 2).unflatten(2, (height, width))
-        return x + self.proj_out(h)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Upsample(nn.Module):
@@ -151,66 +143,34 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class ConvBlock(nn.Module):
-    """The first encoder block: latent channels to model channels."""
+class Block(nn.Module):
+    """One of the 25 blocks of Fig. 3a: its named layers, one after the other."""
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, **layers: nn.Module):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        return self.conv(x)
+        for layer in self.children():
+            if isinstance(layer, ResBlock):
+                x = layer(x, time)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
 
 
-class DownBlock(nn.Module):
+class DownBlock(Block):
     """An encoder block that only halves the resolution."""
 
     def __init__(self, channels):
-        super().__init__()
-        self.downsample = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        return self.downsample(x)
-
-
-class MainBlock(nn.Module):
-    """ResBlock, then a SpatialTransformer and an upsampler where the table has one."""
-
-    def __init__(self, in_channels, out_channels, config: UNetConfig, transformer=False, upsample=False):
-        super().__init__()
-        self.resnet = ResBlock(in_channels, out_channels, 4 * config.model_channels, config.norm_groups)
-        self.transformer = (
-            SpatialTransformer(out_channels, config.num_heads, config.context_dim, config.norm_groups)
-            if transformer
-            else None
-        )
-        self.upsample = Upsample(out_channels) if upsample else None
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        h = self.resnet(x, time)
-        if self.transformer is not None:
-            h = self.transformer(h, context)
-        if self.upsample is not None:
-            h = self.upsample(h)
-        return h
-
-
-class MiddleBlock(nn.Module):
-    """ResBlock, SpatialTransformer, ResBlock at the lowest resolution."""
-
-    def __init__(self, channels, config: UNetConfig):
-        super().__init__()
-        time_channels = 4 * config.model_channels
-        self.resnet1 = ResBlock(channels, channels, time_channels, config.norm_groups)
-        self.transformer = SpatialTransformer(channels, config.num_heads, config.context_dim, config.norm_groups)
-        self.resnet2 = ResBlock(channels, channels, time_channels, config.norm_groups)
-
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        return self.resnet2(self.transformer(self.resnet1(x, time), context), time)
+        super().__init__(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1))
 
 
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
-    """block(*inputs); with checkpointing its activations are computed again in the backward pass, not kept."""
+    """block(*inputs); with checkpointing the backward pass recomputes its activations instead of storing them."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -219,57 +179,62 @@ def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
 class UNet(nn.Module):
     """ε_θ: predicts the noise in a latent from the latent, the time step and the prompt (paper, Fig. 3a).
 
-    At SD 1.5 size, with c = model_channels = 320 and the resolution for a 512x512 image:
+    Stable Diffusion 1.5 on a 512x512 image, where c = 320, res is a ResBlock and vit a SpatialTransformer. Read down
+    the left side, then up the right side; there, block i also takes the features of encoder block 11 - i.
 
-        encoder 0       conv   c         64x64      decoder 9 10 11  res + transformer   c    64x64
-        encoder 1 2     res+t  c         64x64      decoder 6 7 8    res + transformer   2c   32x32, 8 upsamples
-        encoder 3       down   c         32x32
-        encoder 4 5     res+t  2c        32x32      decoder 3 4 5    res + transformer   4c   16x16, 5 upsamples
-        encoder 6       down   2c        16x16
-        encoder 7 8     res+t  4c        16x16      decoder 0 1 2    res                 4c   8x8,   2 upsamples
-        encoder 9       down   4c        8x8
-        encoder 10 11   res    4c        8x8        middle           res + transformer + res  4c, 8x8
-
-    Decoder block i takes the features of encoder block 11 - i beside its own input.
+        encoder 0       conv         c   64x64             decoder 9 10 11  res + vit        c   64x64
+        encoder 1 2     res + vit    c   64x64             decoder 8        res + vit + up   2c  32x32 -> 64x64
+        encoder 3       down         c   64x64 -> 32x32    decoder 6 7      res + vit        2c  32x32
+        encoder 4 5     res + vit    2c  32x32             decoder 5        res + vit + up   4c  16x16 -> 32x32
+        encoder 6       down         2c  32x32 -> 16x16    decoder 3 4      res + vit        4c  16x16
+        encoder 7 8     res + vit    4c  16x16             decoder 2        res + up         4c  8x8 -> 16x16
+        encoder 9       down         4c  16x16 -> 8x8      decoder 0 1      res              4c  8x8
+        encoder 10 11   res          4c  8x8               middle           res + vit + res  4c  8x8
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # set True to trade time for memory in training
-        width, last_level = config.model_channels, len(config.channel_mult) - 1
-        self.time_embed = TimeEmbedding(width)
+        self.checkpointing = False  # True saves memory in training and takes more time
+        width, heads, groups = config.model_channels, config.num_heads, config.norm_groups
+        res = partial(ResBlock, time_channels=4 * width, norm_groups=groups)
+        vit = partial(SpatialTransformer, num_heads=heads, context_dim=config.context_dim, norm_groups=groups)
 
-        self.encoder = nn.ModuleList([ConvBlock(config.in_channels, width)])
+        def main_block(in_channels, out_channels, level):
+            block = Block(resnet=res(in_channels, out_channels))
+            if level in config.attention_levels:
+                block.transformer = vit(out_channels)
+            return block
+
+        self.time_embed = TimeEmbedding(width)
+        self.encoder = nn.ModuleList([Block(conv=nn.Conv2d(config.in_channels, width, 3, padding=1))])
         channels, skip_channels = width, [width]
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
-                transformer = level in config.attention_levels
-                self.encoder.append(MainBlock(channels, mult * width, config, transformer))
+                self.encoder.append(main_block(channels, mult * width, level))
                 channels = mult * width
                 skip_channels.append(channels)
-            if level != last_level:
+            if level < len(config.channel_mult) - 1:
                 self.encoder.append(DownBlock(channels))
                 skip_channels.append(channels)
 
-        self.middle = MiddleBlock(channels, config)
+        self.middle = Block(resnet1=res(channels, channels), transformer=vit(channels), resnet2=res(channels, channels))
 
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for i in range(config.num_res_blocks + 1):
-                in_channels = channels + skip_channels.pop()
-                transformer = level in config.attention_levels
-                upsample = level != 0 and i == config.num_res_blocks
-                self.decoder.append(MainBlock(in_channels, mult * width, config, transformer, upsample))
+            for _ in range(config.num_res_blocks + 1):  # one for each skip at this resolution
+                self.decoder.append(main_block(channels + skip_channels.pop(), mult * width, level))
                 channels = mult * width
+            if level > 0:
+                self.decoder[-1].upsample = Upsample(channels)
 
-        self.norm_out = nn.GroupNorm(config.norm_groups, channels)
+        self.norm_out = nn.GroupNorm(groups, channels)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: list[Tensor] | None = None) -> Tensor:
         """x [B, 4, h, w], t int64 [B], context [B, 77, D] -> ε [B, 4, h, w].
 
-        `control` are a ControlNet's 13 residuals: 12 for the skip connections, shallow to deep, then the middle's.
+        `control`: a ControlNet's 13 residuals, 12 for the skip connections, shallow to deep, then the middle's.
         """
         time = self.time_embed(t)
         h, skips = x, []
@@ -278,70 +243,47 @@ class UNet(nn.Module):
             skips.append(h)
         h = run_block(self.middle, self.checkpointing, h, time, context)
 
-        if control is not None:  # y_c = y + Z(...), equation (2); residuals may come in another precision
+        if control is not None:  # equation (2): y_c = y + Z(...); the locked UNet may be in lower precision
             *skip_residuals, middle_residual = control
             h = h + middle_residual.to(h.dtype)
             skips = [skip + residual.to(skip.dtype) for skip, residual in zip(skips, skip_residuals, strict=True)]
 
+        # Last in, first out: the decoder retraces the encoder's resolutions, so its block i fits encoder block 11 - i.
         for block in self.decoder:
             h = run_block(block, self.checkpointing, torch.cat([h, skips.pop()], dim=1), time, context)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 def block_table(unet: UNet, image_size: int = 512) -> list[tuple[str, str, int, int, int]]:
-    """Rows (block, layers, channels, resolution, parameters), read off `unet` as an image passes through it."""
-    config, rows = unet.config, []
-    layer_names = {
-        ConvBlock: "conv", DownBlock: "downsample", ResBlock: "ResBlock",
-        SpatialTransformer: "transformer", Upsample: "upsample",
-    }  # fmt: skip
+    """A row for each block: name, layers, channels and resolution of its output, parameters; one forward pass."""
+    names = {block: name.replace(".", " ") for name, block in unet.named_modules()}
+    rows = []
 
-    def record(name):
-        def hook(block, inputs, output):
-            layers = [layer_names[type(m)] for m in block.modules() if type(m) in layer_names]
+    def record(block, inputs, output):
+        if isinstance(block, Block):
+            layers = " + ".join("ResBlock" if "resnet" in name else name for name, _ in block.named_children())
             parameters = sum(p.numel() for p in block.parameters())
-            rows.append((name, " + ".join(layers), output.shape[1], output.shape[3], parameters))
+            rows.append((names[block], layers, output.shape[1], output.shape[3], parameters))
 
-        return hook
-
-    blocks = {f"encoder {i}": block for i, block in enumerate(unet.encoder)} | {"middle": unet.middle}
-    blocks |= {f"decoder {i}": block for i, block in enumerate(unet.decoder)}
-    handles = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
-    device, side = unet.conv_out.weight.device, image_size // 8
-    with torch.no_grad():
-        unet(
-            torch.zeros(1, config.in_channels, side, side, device=device),
-            torch.zeros(1, dtype=torch.long, device=device),
-            torch.zeros(1, 77, config.context_dim, device=device),
-        )
-    for handle in handles:
-        handle.remove()
+    zeros, side = unet.conv_out.weight.new_zeros, image_size // 8
+    with torch.no_grad(), register_module_forward_hook(record):
+        unet(zeros(1, unet.config.in_channels, side, side), zeros(1).long(), zeros(1, 77, unet.config.context_dim))
     return rows
 
 
-def main() -> None:
+if __name__ == "__main__":
     with torch.device("meta"):  # shapes only: no memory, no arithmetic
-        unet = UNet(UNetConfig())
+        unet = UNet()
     rows = block_table(unet)
-    print("Stable Diffusion 1.5, one 512x512 image\n")
-    print(f"{'block':12}{'layers':36}{'channels':>8}{'resolution':>12}{'parameters':>14}")
+    print(f"Stable Diffusion 1.5, one 512x512 image\n\n{'block':12}{'layers':36}channels  resolution    parameters")
     for name, layers, channels, side, parameters in rows:
         print(f"{name:12}{layers:36}{channels:8}{f'{side}x{side}':>12}{parameters:14,}")
-    total = sum(p.numel() for p in unet.parameters())
-    rest = total - sum(row[-1] for row in rows)
-    print(f"{'time, output':68}{rest:14,}\n{'all':68}{total:14,}\n")
+    total, count = sum(p.numel() for p in unet.parameters()), Counter(type(module) for module in unet.modules())
+    print(f"""{"all, with time embedding and output layers":68}{total:14,}
 
-    count = Counter(type(module) for module in unet.modules())
-    resamplers = count[DownBlock] + count[Upsample]
-    print(f"""\
-The paper counts (Sec. 3.2): 25 blocks, 17 of them main blocks with 4 ResNet layers and 2 ViTs each, 8 for resampling.
-This model has: {len(rows)} blocks, {count[ResBlock]} ResBlocks, {count[SpatialTransformer]} transformers, \
-{resamplers} resamplers ({count[DownBlock]} down, {count[Upsample]} up).
+Paper (Sec. 3.2): 25 blocks; 8 of them resample, each of the other 17 has 4 ResNet layers and 2 ViTs.
+This model: {len(rows)} blocks, {count[ResBlock]} ResBlocks, {count[SpatialTransformer]} transformers, \
+{count[DownBlock]} downsamplers, {count[Upsample]} upsamplers.
 
-The two do not agree. "4 ResNet layers and 2 ViTs" fits no single block; it fits one encoder level, if each of a
-ResBlock's two convolutions counts as a layer: 2 x (ResBlock + transformer) = 4 convolutions and 2 transformers.
-And the deepest level has no transformer outside the middle block.""")
-
-
-if __name__ == "__main__":
-    main()
+The two do not agree. "4 ResNet layers and 2 ViTs" fits no block. It fits an encoder level, 2 x (ResBlock, transformer),
+if a ResBlock counts as two layers, one per convolution. And only the middle block has a transformer at 8x8.""")

@@ -1,4 +1,4 @@
-"""The KL autoencoder of Stable Diffusion: images to latents of an eighth of the side, and back.
+"""The KL autoencoder of Stable Diffusion: images to latents at an eighth of the resolution, and back.
 
 Latents here are unscaled: the factor 0.18215 belongs to StableDiffusion, not to the autoencoder.
 """
@@ -13,7 +13,7 @@ from unet import ResBlock, Upsample
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of an autoencoder; the defaults are Stable Diffusion 1.5's. Four levels make f = 8."""
+    """Sizes of an autoencoder; the defaults are Stable Diffusion 1.5's. Four levels halve the image three times."""
 
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -23,7 +23,7 @@ class VAEConfig:
 
 
 class SpatialAttention(nn.Module):
-    """One head of attention over all positions, with 1x1 convolutions: [B, C, h, w] -> [B, C, h, w]."""
+    """Single-head self-attention over all positions: [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels, norm_groups):
         super().__init__()
@@ -36,12 +36,12 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))  # [B, h*w, C]
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(Q K^T / sqrt(C)) V
         return x + self.to_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the latent's resolution."""
+    """ResBlock, attention, ResBlock, at the latent's resolution."""
 
     def __init__(self, channels, norm_groups):
         super().__init__()
@@ -54,7 +54,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2, padded at the right and the bottom only, as released."""
+    """3x3 convolution with stride 2. As released, it pads only on the right and at the bottom."""
 
     def __init__(self, channels):
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResBlocks of one resolution, then the way to the next one, if any."""
+    """The ResBlocks of one resolution, then the resampler to the next one, if any."""
 
     def __init__(self, in_channels, out_channels, num_res_blocks, norm_groups, resample=None):
         super().__init__()
@@ -80,7 +80,7 @@ class Level(nn.Module):
 
 
 def vae_resnet(in_channels: int, out_channels: int, norm_groups: int) -> ResBlock:
-    return ResBlock(in_channels, out_channels, norm_groups=norm_groups, eps=1e-6)
+    return ResBlock(in_channels, out_channels, norm_groups=norm_groups, eps=1e-6)  # the UNet's have 1e-5
 
 
 class Encoder(nn.Module):
@@ -117,21 +117,21 @@ class Decoder(nn.Module):
         self.middle = Middle(widths[-1], config.norm_groups)
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
-            coarser = widths[min(i + 1, len(widths) - 1)]
+            coarser_width = widths[min(i + 1, len(widths) - 1)]
             resample = Upsample if i > 0 else None
-            self.levels.append(Level(coarser, width, config.num_res_blocks + 1, config.norm_groups, resample))
+            self.levels.append(Level(coarser_width, width, config.num_res_blocks + 1, config.norm_groups, resample))
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.middle(self.conv_in(z))
-        for level in reversed(self.levels):
+        for level in reversed(self.levels):  # coarse to fine
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class AutoencoderKL(nn.Module):
-    """The image autoencoder around the diffusion: both ways at an eighth of the side."""
+    """Images to latents and back, one latent position per 8x8 pixels. Diffusion runs on the latents."""
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
@@ -142,9 +142,16 @@ class AutoencoderKL(nn.Module):
         self.from_latent = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image [B, 3, H, W] in [-1, 1] -> moments [B, 8, H/8, W/8]: four means, then four log-variances."""
+        """Image [B, 3, H, W] in [-1, 1] -> moments [B, 8, H/8, W/8]: 4 means, then 4 log variances."""
         return self.to_moments(self.encoder(image))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latent [B, 4, h, w] -> image [B, 3, 8h, 8w], about [-1, 1] (not clipped)."""
+        """Unscaled latent [B, 4, h, w] -> image [B, 3, 8h, 8w], roughly in [-1, 1], not clipped."""
         return self.decoder(self.from_latent(z))
+
+
+def sample_latent(moments: Tensor, noise: Tensor) -> Tensor:
+    """Sample the encoder's Gaussian: moments [B, 8, h, w], standard normal noise [B, 4, h, w] -> unscaled latent."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    sigma = (log_variance.clamp(-30, 20) / 2).exp()  # exp(log(σ²) / 2), clamped as released
+    return mean + sigma * noise

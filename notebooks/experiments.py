@@ -1,7 +1,7 @@
 """The trainings whose logs the notebooks read: `python notebooks/experiments.py`, about half an hour on two CPU cores.
 
-Each run stays in runs/NAME, and one that is complete is not trained again; its log goes to docs/logs/NAME.jsonl. The
-scores of 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png and
+Each run stays in runs/NAME and is not trained again once it is complete; its log is copied to docs/logs/NAME.jsonl.
+Scores on 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png and
 docs/jump.png.
 """
 
@@ -18,13 +18,12 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import DrawnImages
-from files import read_log
+from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_iou, colour_error
-from pictures import MARGIN, contact_sheet, save_picture, side_by_side, to_picture
 from sample import generate
 from stable_diffusion import StableDiffusion
-from train import DRAWN_HELD_OUT
+from support.log import read_log
+from support.pictures import MARGIN, contact_sheet, save_picture, side_by_side, to_picture
 from weights import load_controlnet
 
 STEPS = 600
@@ -50,7 +49,9 @@ SIDE = 128  # pixels of the miniature's pictures
 
 
 def train(name: str, *options: str, steps: int = STEPS, encoded: str = "") -> Path:
-    """Train the run `name` unless it is there; its log goes to docs/logs. `encoded` is a run on the same data."""
+    """Train the run `name` unless it is complete; returns its ControlNet. `encoded` names a run on the same data,
+    whose cache of latents is used again.
+    """
     folder = ROOT / "runs" / name
     if encoded and not folder.exists():
         shutil.copytree(ROOT / "runs" / encoded / "cache", folder / "cache")
@@ -64,7 +65,7 @@ def train(name: str, *options: str, steps: int = STEPS, encoded: str = "") -> Pa
 
 
 def draw(count: int) -> Path:
-    """A folder with `count` drawn pairs."""
+    """The folder with `count` drawn pairs, made if it is not there."""
     folder = ROOT / "runs" / f"drawn-{count}"
     if not (folder / "prompt.json").exists():
         command = [sys.executable, "data.py", "--count", str(count), "--size", str(SIDE), "--output", str(folder)]
@@ -77,7 +78,7 @@ def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tenso
     pairs = DrawnImages(HINTS, SIDE, DRAWN_HELD_OUT)
     hints, prompts = torch.stack([pairs.hint(i) for i in range(HINTS)]), [PROMPTS[kind](p) for p in pairs.prompts]
     controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-    images = generate(sd, [controlnet], [hints], prompts, steps=10, guidance_scale=3.0, mode="conditional")
+    images = generate(sd, [controlnet], [hints], prompts, steps=10, guidance_scale=3.0, both_sides=False)
     scores = {"iou": circle_iou(images, hints).tolist()}
     if kind in ("perfect", "conflicting"):
         scores["colour_error"] = colour_error(images, hints, prompts).mean(dim=1).tolist()
@@ -85,7 +86,7 @@ def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tenso
 
 
 def picture_of_the_jump(columns: int = 6) -> None:
-    """docs/jump.png: held-out hints and their samples at some steps, cut from the previews of a run with many."""
+    """docs/jump.png: held-out hints and their samples at JUMP_STEPS, cut from the previews of a run that has many."""
     run = train("jump", "--validation-steps", "20", steps=max(JUMP_STEPS), encoded="ablation-zero-0")
     previews = run.parent / "previews"
 

@@ -1,28 +1,14 @@
-"""A training's state on disk: checkpoints/step-N with weights, optimizer and options, and the log up to there."""
+"""Checkpoints: checkpoints/step-N with the trained weights, the optimizer's state and the options."""
 
-import json
 import re
 import shutil
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from files import (
-    UserError,
-    append_line,
-    move,
-    read_json,
-    read_log,
-    read_tensors,
-    save_json,
-    save_tensors,
-    write_atomically,
-)
-from metrics import growth_step, jump_step
+from support.errors import UserError
+from support.files import move, read_json, read_tensors, save_json, save_tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -44,16 +30,19 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_checkpoint(folder: Path, step: int, trained: nn.Module, optimizer, config: dict, limit: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, config: dict, limit: int
+) -> None:
     """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete.
 
     It holds all that the next steps depend on: the trained weights, the optimizer's state, the step and the options.
-    Order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
-    Then all but the newest `limit` go, and those of later steps: they are of a run that was resumed from before them.
+    The order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
+    Then all but the newest `limit` go, and so do those of later steps, left by a run that was resumed before them.
     """
     final, temporary = folder / f"step-{step}", folder / ".partial"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
-    weights = {f"trained.{name}": tensor for name, tensor in trained.state_dict().items()}
+    parts = {part: module.state_dict() for part, module in trained.items()}
+    weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
     save_tensors(weights | optimizer_tensors(optimizer), temporary / "state.safetensors")
     save_json({"step": step} | config, temporary / "config.json")
     shutil.rmtree(final, ignore_errors=True)
@@ -98,72 +87,14 @@ def check_config(path: Path, config: dict) -> int:
     return saved.get("step", 0)
 
 
-def load_checkpoint(path: Path, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill `trained` and `optimizer` from a checkpoint of the same training. Raises UserError when it does not fit."""
+def load_checkpoint(path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Load `trained` and `optimizer` from a checkpoint of the same training. Raises UserError when it does not fit."""
     tensors, _ = read_tensors(path / "state.safetensors")
-    prefix = "trained."
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     try:
-        trained.load_state_dict(weights)
+        for part, module in trained.items():
+            prefix = f"trained.{part}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         load_optimizer_tensors(optimizer, tensors)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise UserError(f"{path / 'state.safetensors'} does not fit ({reason}): resume from another one") from None
-
-
-def trim_log(path: Path, last_step: int) -> list[dict]:
-    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-    return kept
-
-
-class Log:
-    """A run's log.jsonl, one object a line, and if asked for TensorBoard's files beside it. `history` are the entries.
-
-    Raises UserError when the folder can't be written.
-    """
-
-    def __init__(self, folder: Path, last_step: int, tensorboard: bool):
-        self.history = trim_log(folder / "log.jsonl", last_step)
-        self.began = time.time() - (self.history[-1]["seconds"] if self.history else 0)
-        self.writer = None
-        try:
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
-            self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"can't write to {folder} ({error}): choose another --output-dir") from None
-
-    def write(self, entries: list[dict], preview: Image.Image | None) -> None:
-        """Add finished steps, and the preview of the last of them."""
-        for entry in entries:
-            self.history.append(entry | {"seconds": round(time.time() - self.began, 2)})
-            append_line(self.file, json.dumps(self.history[-1]))
-            if self.writer:
-                for name, value in entry.items():
-                    self.writer.add_scalar(name, value, entry["step"])
-        if self.writer and preview:
-            self.writer.add_image("preview", np.asarray(preview), entries[-1]["step"], dataformats="HWC")
-
-    def news(self) -> list[str]:
-        """What the last entry tells the user."""
-        entry = self.history[-1]
-        lines = []
-        if growth_step(self.history) == entry["step"]:
-            lines.append(f"the hint begins to count, its sensitivity is {entry['hint_sensitivity']:.1e} and growing; "
-                         "the samples do not show it yet")  # fmt: skip
-        if jump_step(self.history) == entry["step"]:
-            lines.append(f"the jump has come: with another pair's hint the held-out loss is "
-                         f"{entry['hint_gap'] / entry['heldout_loss']:.0%} higher")  # fmt: skip
-        if "iou" in entry:
-            lines.append(f"IoU {entry['iou']:.2f} of samples and hints (the base: {entry['base_iou']:.2f})")
-        return [f"step {entry['step']}: {line}" for line in lines]
-
-    def close(self) -> None:
-        self.file.close()
-        if self.writer:
-            self.writer.close()

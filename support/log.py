@@ -1,18 +1,70 @@
+"""A run's log.jsonl, one JSON object a line."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from support.errors import UserError
+from support.files import write_atomically
+
+
 def read_log(path: Path) -> list[dict]:
-    """A log's lines, one JSON object each; none if there is no log. A line cut short by a crash is left out."""
-    lines = []
+    """A log's entries; none if there is no log. A line that a crash cut short is left out."""
+    entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+            entries.append(json.loads(line))
+    return entries
 
 
-def append_line(file: TextIO, line: str) -> None:
-    """Add a line to an open log. Raises UserError when the disk is full."""
-    try:
-        file.write(line + "\n")
-        file.flush()
-    except OSError as error:
-        raise UserError(f"can't write {file.name} ({error}): make room, then resume") from None
+def trim_log(path: Path, last_step: int) -> list[dict]:
+    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return kept
 
 
+class Log:
+    """log.jsonl of a run that goes on after `last_step`, and TensorBoard's files beside it if asked for.
+
+    `history` holds all entries. Raises UserError when the folder can't be written.
+    """
+
+    def __init__(self, folder: Path, last_step: int, tensorboard: bool):
+        self.folder, self.history = folder, trim_log(folder / "log.jsonl", last_step)
+        self.began = time.time() - (self.history[-1]["seconds"] if self.history else 0)
+        self.writer = None
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
+            self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"can't write to {folder} ({error}): choose another --output-dir") from None
+
+    def write(self, entry: dict) -> None:
+        """Add a finished step. Raises UserError when the disk is full."""
+        self.history.append(entry | {"seconds": round(time.time() - self.began, 2)})
+        try:
+            self.file.write(json.dumps(self.history[-1]) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"can't write {self.file.name} ({error}): make room, then resume") from None
+        if self.writer:
+            for name, value in entry.items():
+                self.writer.add_scalar(name, value, entry["step"])
+            preview = self.folder / "previews" / f"step-{entry['step']}.png"
+            if preview.exists():
+                with Image.open(preview) as picture:
+                    self.writer.add_image("preview", np.asarray(picture), entry["step"], dataformats="HWC")
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer:
+            self.writer.close()

@@ -35,6 +35,12 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     return Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
 
 
+def read_strip(path: Path, count: int) -> Tensor:
+    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(open_image(path).convert("RGB"))) / 127.5 - 1
+    return pixels.permute(2, 0, 1).unflatten(2, (count, -1)).permute(2, 0, 1, 3)
+
+
 def contact_sheet(rows: dict[str, Tensor], captions: list[str]) -> Image.Image:
     """Rows of images [N, 3, H, W] in [-1, 1] by their labels, one column a pair, with the captions below."""
     side = next(iter(rows.values())).shape[-1]
@@ -87,8 +93,3 @@ def open_image(path: Path) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise UserError(f"{path} can't be read as a picture ({error}): save it again as PNG or JPEG") from None
-
-
-def read_image(path: Path, resolution: int, square: bool = True) -> Tensor:
-    """open_image, then fit_image: a picture's file -> [3, H, W] in [0, 1]. Raises UserError as open_image does."""
-    return fit_image(open_image(path), resolution, square)

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from standin import CONFIGS, make_up_merges, stand_in
 
-from files import save_tensors
-from stable_diffusion import StableDiffusion, config_metadata
+from stable_diffusion import StableDiffusion
+from support.files import save_tensors
+from support.formats import config_metadata
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "betas": (1000,),

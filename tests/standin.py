@@ -1,9 +1,11 @@
-"""Stand-in weights: the official names and shapes, with the values that the golden numbers were computed with.
+"""What several tests need: stand-in weights, command lines in this process, logs, a hostile pickle.
 
-tests/golden/ holds what the authors' released code gave on them; see tests/golden/README.md.
+Stand-in weights have the official names and shapes, and the values that the golden numbers were computed with: what
+the authors' released code gave on them is in tests/golden (see the README there).
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,14 @@ import torch
 
 from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
 from stable_diffusion import SD15
+from support.files import read_tensors
+from support.log import read_log
 from unet import UNet, UNetConfig
 from vae import VAEConfig
 from weights import load_official
 
 ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "tests" / "fill50k"  # four real pairs
 GOLDEN = ROOT / "tests" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CONFIGS = {
@@ -69,3 +74,30 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|, the measure of the golden numbers' tolerances."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def run_main(monkeypatch, module, *options) -> None:
+    """The command line of a program, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, options)])
+    module.main()
+
+
+def read_run(folder: Path) -> list[dict]:
+    """A run's log, but for the seconds."""
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(folder / "log.jsonl")]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    """Whether two weight files hold the same tensors and metadata."""
+    (a, a_metadata), (b, b_metadata) = read_tensors(a), read_tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) and a_metadata == b_metadata
+
+
+class HostilePickle:
+    """Unpickled, it makes the file `trap`."""
+
+    def __init__(self, trap: Path):
+        self.trap = str(trap)
+
+    def __reduce__(self):
+        return open, (self.trap, "w")

@@ -56,36 +56,32 @@ def test_gradient_comes_in_three_waves():
     assert all(p.grad is None for p in unet.parameters())
 
 
-def train_scalar(layers: int, steps: int = 50) -> list[tuple[float, float]]:
-    """y = w_n(…(w_1 x + b_1)…) + b_n from w = b = 0 towards y = 2x + 1; returns the trained (w, b)."""
-    weights = [(torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)) for _ in range(layers)]
-    optimizer = torch.optim.SGD([p for pair in weights for p in pair], lr=0.1)
-    x = torch.linspace(-1, 1, 9)
+def trained(*layers: nn.Module, steps: int = 200) -> nn.Sequential:
+    """The layers in a row after gradient descent towards y = 2x + 1, one channel a layer."""
+    network = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    x = torch.linspace(-1, 1, 9).reshape(1, 1, 1, 9)
     for _ in range(steps):
-        y = x
-        for w, b in weights:
-            y = w * y + b
         optimizer.zero_grad()
-        (y - (2 * x + 1)).square().mean().backward()
+        (network(x) - (2 * x + 1)).square().mean().backward()
         optimizer.step()
-    return [(w.item(), b.item()) for w, b in weights]
+    return network
 
 
 def test_one_zero_layer_learns():
     """y = wx + b with w = b = 0: dy/dw = x and dy/db = 1 are not zero, only dy/dx = w is."""
-    x = torch.tensor(3.0, requires_grad=True)
-    w, b = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
-    (w * x + b).backward()
-    assert (w.grad.item(), b.grad.item(), x.grad.item()) == (3.0, 1.0, 0.0)
-    ((w, b),) = train_scalar(layers=1, steps=200)
-    assert (w, b) == (pytest.approx(2, abs=1e-3), pytest.approx(1, abs=1e-3))
+    conv, x = zero_conv(1), torch.full((1, 1, 1, 1), 3.0, requires_grad=True)
+    conv(x).backward()
+    assert (conv.weight.grad.item(), conv.bias.grad.item(), x.grad.item()) == (3.0, 1.0, 0.0)
+    (conv,) = trained(zero_conv(1))
+    assert (conv.weight.item(), conv.bias.item()) == (pytest.approx(2, abs=1e-3), pytest.approx(1, abs=1e-3))
 
 
 def test_two_zero_layers_in_series_stay_dead():
     """Each waits for the other: only the last bias, which needs neither, ever moves."""
-    (w1, b1), (w2, b2) = train_scalar(layers=2)
-    assert (w1, b1, w2) == (0.0, 0.0, 0.0)
-    assert b2 != 0
+    first, last = trained(zero_conv(1), zero_conv(1))
+    assert [p.item() for p in (first.weight, first.bias, last.weight)] == [0, 0, 0]
+    assert last.bias.item() == pytest.approx(1, abs=1e-3)
 
 
 def test_norm_epsilons():
@@ -122,14 +118,14 @@ def test_parameter_counts():
 def test_block_table():
     with torch.device("meta"):
         rows = block_table(UNet(SD15.unet))
-    assert len(rows) == 25
-    channels = [row[2] for row in rows]
-    assert channels[:12] == [320] * 4 + [640] * 3 + [1280] * 5 == encoder_channels(SD15.unet)
-    assert channels[12:] == [1280] * 7 + [640] * 3 + [320] * 3
-    assert [row[3] for row in rows] == [64] * 3 + [32] * 3 + [16] * 3 + [8] * 6 + [16] * 3 + [32] * 3 + [64] * 4
-    assert sum(row[1].count("ResBlock") for row in rows) == 22
-    assert sum(row[1].count("transformer") for row in rows) == 16
-    assert sum("sample" in row[1] for row in rows) == 6
+    names, layers, channels, resolutions, _ = zip(*rows)
+    assert list(names) == [*(f"encoder {i}" for i in range(12)), "middle", *(f"decoder {i}" for i in range(12))]
+    assert list(channels[:12]) == [320] * 4 + [640] * 3 + [1280] * 5 == encoder_channels(SD15.unet)
+    assert list(channels[12:]) == [1280] * 7 + [640] * 3 + [320] * 3
+    assert list(resolutions) == [64] * 3 + [32] * 3 + [16] * 3 + [8] * 6 + [16] * 3 + [32] * 3 + [64] * 4
+    assert sum(text.count("ResBlock") for text in layers) == 22
+    assert sum(text.count("transformer") for text in layers) == 16
+    assert sum("sample" in text for text in layers) == 6
 
 
 def test_ablations():
@@ -187,7 +183,7 @@ def test_control_weights():
     assert control_weights("guess")[0] == pytest.approx(0.825**12)
     assert control_weights("guess", 2.0)[12] == 2.0
     assert control_weights("resolution") == [1, 1, 1, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8]
-    sides = [row[3] for row in block_table(UNet(TINY.unet))[:13]]
+    sides = [resolution for _, _, _, resolution, _ in block_table(UNet(TINY.unet))[:13]]
     assert control_weights("resolution") == [sides[0] / side for side in sides]
     with pytest.raises(ValueError, match="'strong'"):
         control_weights("strong")

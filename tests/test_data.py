@@ -1,5 +1,4 @@
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -9,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT
+from standin import ROOT, SAMPLE
 
-from data import COLOURS, DrawnImages, PairedImages, Selected, cache_latents, draw_fill50k, fetch_fill50k
-from files import UserError, fit_image
-
-SAMPLE = ROOT / "tests" / "fill50k"  # four real pairs
+from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_pairs
+from support.colours import COLOURS
+from support.errors import UserError
+from support.hub import fetch_folder
+from support.pictures import fit_image
 
 
 def test_colours():
@@ -51,55 +51,42 @@ def test_reading_the_real_layout():
     pairs = PairedImages(SAMPLE, 128)
     assert len(pairs) == 4
     assert pairs.prompts[3] == "dark turquoise circle with medium spring green background"
-    pair = pairs[0]
-    assert pair["prompt"] == "coral circle with blue background"
-    assert pair["hint"].shape == pair["image"].shape == (3, 128, 128)
-    assert pair["hint"].min() == 0
-    assert 0.9 < pair["hint"].max() <= 1  # the ring, 5 px wide at 512, is hardly more than one here
+    assert pairs.prompts[0] == "coral circle with blue background"
+    hint, image = pairs.hint(0), pairs.image(0)
+    assert hint.shape == image.shape == (3, 128, 128)
+    assert hint.min() == 0
+    assert 0.9 < hint.max() <= 1  # the ring, 5 px wide at 512, is hardly more than one here
     # Top left is background, the middle of the disc is not. The targets went through a VAE: not quite pure colours.
     blue, coral = (torch.from_numpy(COLOURS[name]) / 127.5 - 1 for name in ("blue", "coral"))
-    assert (pair["image"][:, 2, 2] - blue).abs().max() < 0.1
-    assert (pair["image"][:, 50, 92] - coral).abs().max() < 0.1
+    assert (image[:, 2, 2] - blue).abs().max() < 0.1
+    assert (image[:, 50, 92] - coral).abs().max() < 0.1
 
 
-def test_drawn_and_selected_pairs():
-    pairs = DrawnImages(5, 64, seed=1)
+def test_drawn_pairs():
     hint, target, prompt = draw_fill50k(3, 64, seed=1)
-    pair = Selected(pairs, range(2, 5))[1]
-    assert pair["prompt"] == prompt
-    assert torch.equal(pair["hint"], fit_image(hint, 64))
-    assert torch.equal(pair["image"], fit_image(target, 64) * 2 - 1)
+    pairs = DrawnImages(5, 64, seed=1)
+    assert pairs.prompts[3] == prompt
+    assert torch.equal(pairs.hint(3), fit_image(hint, 64))
+    assert torch.equal(pairs.image(3), fit_image(target, 64) * 2 - 1)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
-def test_any_picture_is_read(mode):
-    grey = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (80, 1))
-    if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
-    tensor = fit_image(image, 64)
-    assert tensor.shape == (3, 64, 64)
-    expected = fit_image(Image.fromarray(grey), 64)
-    assert (tensor - expected).abs().max() <= 0.01
+def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.DRAWN_PAIRS", 5)
+    training, held_out = open_pairs("drawn", 64, seed=0, held_out=3)
+    assert (len(training), len(held_out)) == (5, 3)
+    assert held_out.prompts == DrawnImages(3, 64, DRAWN_HELD_OUT).prompts
 
+    entries = (SAMPLE / "prompt.json").read_text().splitlines() * 10
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    (tmp_path / "data" / "prompt.json").write_text("\n".join(entries))
+    training, held_out = open_pairs(tmp_path / "data", 64, seed=0, held_out=8)
+    assert (len(training), len(held_out)) == (36, 4)  # a tenth at most
+    assert training.name(35).endswith("line 36") and held_out.name(0).endswith("line 37")
+    assert torch.equal(held_out.hint(1), training.hint(1))  # the listing repeats after four lines
 
-def test_transparent_is_background():
-    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
-    image.paste((255, 255, 255, 255), (0, 0, 32, 64))
-    tensor = fit_image(image, 64)
-    assert tensor[:, :, :32].min() == 1
-    assert tensor[:, :, 32:].max() == 0
-
-
-def test_sizes():
-    wide = Image.new("RGB", (300, 100))
-    assert fit_image(wide, 64).shape == (3, 64, 64)
-    assert fit_image(wide, 64, square=False).shape == (3, 64, 192)
-    assert fit_image(wide.transpose(Image.Transpose.ROTATE_90), 64, square=False).shape == (3, 192, 64)
-    checks = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8))
-    grey = fit_image(checks, 128)  # antialiased: a fine chequer becomes grey
-    assert grey.std() < 0.02 and abs(grey.mean() - 0.5) < 0.02
+    training, held_out = open_pairs(SAMPLE, 64, seed=0, held_out=3)
+    assert (len(training), len(held_out)) == (4, 3)
+    assert "none is held out" in capsys.readouterr().out
 
 
 def test_hugging_face_layout(tmp_path):
@@ -114,7 +101,7 @@ def test_hugging_face_layout(tmp_path):
         assert ours.prompts == theirs.prompts
         assert all(torch.equal(ours.hint(i), theirs.hint(i)) for i in range(4))
         assert all(torch.equal(ours.image(i), theirs.image(i)) for i in range(4))
-        assert ours.name(2) == str(tmp_path / "hf" / entries[2]["target"])
+        assert ours.name(2) == f"{tmp_path / 'hf' / 'metadata.jsonl'} line 3"
 
 
 def test_pairs_of_odd_files(tmp_path):
@@ -140,11 +127,12 @@ def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
         for path in sorted(SAMPLE.rglob("*.*")):
             file.write(path, f"{inside}{path.relative_to(SAMPLE)}")
     asked = []
-    monkeypatch.setattr("data.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
-    folder = fetch_fill50k(tmp_path / "fill50k")
+    monkeypatch.setattr("support.hub.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
+    monkeypatch.chdir(tmp_path)
+    training, _ = open_pairs("fill50k", 64, seed=0, held_out=1)
     assert asked == [("lllyasviel/ControlNet", "training/fill50k.zip")]
-    assert PairedImages(folder, 64).prompts == PairedImages(SAMPLE, 64).prompts
-    fetch_fill50k(tmp_path / "fill50k")
+    assert training.prompts == PairedImages(SAMPLE, 64).prompts
+    open_pairs("fill50k", 64, seed=0, held_out=1)
     assert len(asked) == 1  # it is there already
 
 
@@ -154,18 +142,18 @@ def test_zip_entries_stay_inside(name, tmp_path, monkeypatch):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("prompt.json", "")
         file.writestr(name, "boo")
-    monkeypatch.setattr("data.fetch", lambda *_: archive)
+    monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
     with pytest.raises(UserError, match="outside the folder"):
-        fetch_fill50k(tmp_path / "fill50k")
+        fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.zip"]
 
 
 def test_damaged_zip(tmp_path, monkeypatch):
     archive = tmp_path / "bad.zip"
     archive.write_bytes(b"PK" + bytes(100))
-    monkeypatch.setattr("data.fetch", lambda *_: archive)
+    monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
     with pytest.raises(UserError, match="damaged"):
-        fetch_fill50k(tmp_path / "fill50k")
+        fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
 
 
 def test_command_line_writes_the_real_layout(tmp_path):
@@ -180,49 +168,3 @@ def test_command_line_writes_the_real_layout(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-
-
-def test_pairs_travel_to_other_processes(tmp_path):
-    """The encoded rows are mapped where they are needed, not sent along."""
-    cached = cache_latents(Encoders(), DrawnImages(200, 64), tmp_path / "cache", {})
-    assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 50_000
-    assert len(pickle.dumps(cached)) < 50_000
-
-
-class Encoders:
-    """Counts calls, and encodes in a way that can be checked."""
-
-    device = torch.device("cpu")
-    calls = 0
-
-    @property
-    def vae(self):
-        return self
-
-    def encode(self, images):
-        Encoders.calls += 1
-        return images.mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, 8, 2, 2)
-
-    def encode_prompts(self, prompts):
-        return torch.tensor([float(len(prompt)) for prompt in prompts])[:, None, None].expand(-1, 77, 4)
-
-
-def test_cache_encodes_once(tmp_path):
-    pairs, calls = DrawnImages(5, 64), Encoders.calls
-    key = {"base": "tiny", "seed": 0}
-    cached = cache_latents(Encoders(), pairs, tmp_path / "cache", key, batch_size=2)
-    assert Encoders.calls == calls + 3
-    for i in range(5):
-        row = cached[i]
-        assert torch.equal(row["hint"], pairs.hint(i))
-        assert row["moments"].shape == (8, 2, 2)
-        assert row["moments"][0, 0, 0].item() == pytest.approx(pairs.image(i).mean().item(), abs=1e-3)  # half precision
-        assert row["context"][0, 0].item() == len(pairs.prompts[i])
-    assert cached.empty_context.unique().tolist() == [0]
-    cache_latents(Encoders(), pairs, tmp_path / "cache", key)
-    assert Encoders.calls == calls + 3
-    cache_latents(Encoders(), pairs, tmp_path / "cache", key | {"seed": 1}, batch_size=5)
-    assert Encoders.calls == calls + 4
-    (tmp_path / "cache" / "key.json").write_text("{")
-    cache_latents(Encoders(), pairs, tmp_path / "cache", key, batch_size=5)
-    assert Encoders.calls == calls + 5

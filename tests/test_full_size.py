@@ -7,8 +7,8 @@ import pytest
 import torch
 from standin import ROOT, deviation, golden_inputs
 
-from files import read_tensors, save_tensors
 from stable_diffusion import SD15, StableDiffusion
+from support.files import read_tensors, save_tensors
 from weights import official_layout
 
 pytestmark = pytest.mark.slow

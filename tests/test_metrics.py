@@ -1,27 +1,16 @@
-"""Scores of pictures whose scores are known, and the two steps that a log tells."""
+"""Scores of pictures whose scores are known."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from standin import ROOT
+from standin import SAMPLE
 
 from data import SHAPES, DrawnImages, PairedImages, draw_scene
-from files import fit_image
-from metrics import (
-    best_shape,
-    circle_distance,
-    circle_iou,
-    colour_error,
-    growth_step,
-    hint_response,
-    is_circle_task,
-    jump_step,
-    prompt_colours,
-    segment,
-)
+from metrics import circle_distance, circle_iou, colour_error, is_circle_task, prompt_colours, segment
+from support.pictures import fit_image, open_image
+from tools.shapes import best_shape
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +31,7 @@ def test_perfect_pictures(drawn):
 @pytest.mark.parametrize("resolution", [128, 512])
 def test_real_pairs(resolution):
     """fill50k's own pictures, which went through SD's VAE; at 128 pixels its rings are grey."""
-    pairs = PairedImages(ROOT / "tests" / "fill50k", resolution)
+    pairs = PairedImages(SAMPLE, resolution)
     hints, images = (torch.stack([part(i) for i in range(4)]) for part in (pairs.hint, pairs.image))
     assert is_circle_task(hints, pairs.prompts)
     assert circle_iou(images, hints).min() > 0.98
@@ -110,51 +99,14 @@ def test_other_tasks_are_not_scored(drawn):
     assert (colours * 255).round().tolist() == [[238, 232, 170], [250, 250, 210]]
 
 
+def test_the_picture_of_a_real_hint_has_a_ring():
+    hint = fit_image(open_image(SAMPLE / "source" / "3.png"), 512)
+    distance = circle_distance(hint)
+    assert distance[hint.mean(dim=0) > 0.5].abs().max() < 4  # a ring about 5 pixels wide
+
+
 def test_shapes_are_told_apart():
     rng = np.random.default_rng(0)
     for _ in range(60):
         _, target, caption = draw_scene(rng, 128, SHAPES)
         assert best_shape(segment(fit_image(target, 128) * 2 - 1)) == caption.split(" with ")[0].split()[-1]
-
-
-def test_hint_response():
-    eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert hint_response(eps, eps, eps) == (0, 0)
-    assert hint_response(eps, eps + 0.5, eps) == pytest.approx((0.5, 0.25), rel=1e-6)
-    assert hint_response(eps + 0.5, eps, eps) == pytest.approx((0.5, -0.25), rel=1e-6)  # the wrong hint is better
-    # float32 would lose a gap of 1e-10 beside a loss of 1
-    sensitivity, gap = hint_response(eps + 1, eps + 1 + 2**-20, eps)
-    assert sensitivity == pytest.approx(2**-20, rel=0.1)
-    assert gap == pytest.approx(2**-19, rel=0.1)
-
-
-def history(*sensitivities, gap=0.0):
-    return [
-        {"step": 10 * i, "hint_sensitivity": s, "hint_gap": gap, "heldout_loss": 0.02}
-        for i, s in enumerate(sensitivities)
-    ]
-
-
-def test_growth_is_told_from_noise():
-    noise = [0.0, 2e-7, 1.7e-6, 5e-7, 9e-7, 1.5e-6, 4e-7]
-    assert growth_step(history(*noise)) is None
-    assert growth_step(history(*noise, 6e-7, 1e-6, 1.6e-6, 2.8e-6, 5e-6, 9e-6)) == 120
-    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4)) is None
-    assert growth_step(history(1e-5, 4e-5, 2e-4, 9e-4, 4e-3)) == 40
-    assert growth_step(history(2e-7, 2.3e-7, 3.6e-7, 2.5e-6, 5e-7, 4e-7, 4e-7)) is None  # a spike
-    assert growth_step(history(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
-    assert growth_step([{"step": 1, "loss": 0.1}]) is None
-
-
-def test_jump_is_a_fifth_of_the_loss():
-    flat = history(1e-3, 1e-3)
-    assert jump_step(flat) is None
-    late = history(1e-3, 1e-3, 1e-2, gap=0.005)[2:]
-    assert jump_step([*flat, {"step": 15, "loss": 0.1}, *late]) == 20
-
-
-def test_the_picture_of_a_real_hint_has_a_ring():
-    with Image.open(ROOT / "tests" / "fill50k" / "source" / "3.png") as picture:
-        hint = fit_image(picture, 512)
-    distance = circle_distance(hint)
-    assert distance[hint.mean(dim=0) > 0.5].abs().max() < 4  # a ring about 5 pixels wide

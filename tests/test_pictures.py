@@ -1,27 +1,11 @@
-"""PNGs: samples, previews, and the plot of a training from its log."""
+"""Any picture in, samples and sheets out."""
 
-import json
-import sys
-
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import pictures
-from files import UserError
-from pictures import contact_sheet, plot_convergence, to_picture
-
-
-def history(steps, iou_every):
-    entries = []
-    for step in range(1, steps + 1):
-        entry = {"step": step, "loss": 0.03 - 1e-5 * step, "lr": 5e-4, "seconds": step}
-        if step % 10 == 0:
-            entry |= {"hint_sensitivity": 1e-6 * 1.5 ** (step / 10), "hint_gap": 1e-4 * step, "heldout_loss": 0.02}
-        if step % iou_every == 0:
-            entry |= {"iou": step / steps, "base_iou": 0.2}
-        entries.append(entry)
-    return entries
+from support.pictures import MARGIN, contact_sheet, fit_image, read_strip, save_picture, side_by_side, to_picture
 
 
 def test_to_picture():
@@ -30,29 +14,43 @@ def test_to_picture():
 
 def test_contact_sheet():
     sheet = contact_sheet({"black": -torch.ones(2, 3, 64, 64), "white": torch.ones(2, 3, 64, 64)}, ["one", "two"])
-    assert sheet.size == (60 + 2 * 64, 2 * 64 + 64)
-    assert sheet.getpixel((60 + 64 + 5, 5)) == (0, 0, 0)
-    assert sheet.getpixel((60 + 64 + 5, 64 + 5)) == (255, 255, 255)
+    assert sheet.size == (MARGIN + 2 * 64, 2 * 64 + 64)
+    assert sheet.getpixel((MARGIN + 64 + 5, 5)) == (0, 0, 0)
+    assert sheet.getpixel((MARGIN + 64 + 5, 64 + 5)) == (255, 255, 255)
 
 
-def test_plot_has_a_panel_for_what_was_logged(tmp_path):
-    plot_convergence({"run": history(100, 20)}, tmp_path / "whole.png")
-    plot_convergence({"run": [{"step": 1, "loss": 0.1}]}, tmp_path / "loss.png")
-    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "loss.png") as loss:
-        assert whole.width == loss.width
-        assert whole.height > 3 * loss.height
+def test_a_strip_is_read_back(tmp_path):
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_picture(side_by_side([to_picture(image) for image in images]), tmp_path / "strip.png")
+    assert (read_strip(tmp_path / "strip.png", 3) - images).abs().max() <= 0.5 / 127.5 + 1e-6  # 8 bits
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    logs = []
-    for name in ("default", "he"):
-        (tmp_path / name).mkdir()
-        logs.append(tmp_path / name / "log.jsonl")
-        logs[-1].write_text("".join(json.dumps(entry) + "\n" for entry in history(60, 20)))
-    monkeypatch.setattr(sys, "argv", ["pictures.py", *map(str, logs), "--output", str(tmp_path / "both.png")])
-    pictures.main()
-    assert "both.png" in capsys.readouterr().out
-    assert (tmp_path / "both.png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path / "nowhere.jsonl")])
-    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-        pictures.main()
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_any_picture_is_read(mode):
+    grey = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (80, 1))
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
+    tensor = fit_image(image, 64)
+    assert tensor.shape == (3, 64, 64)
+    expected = fit_image(Image.fromarray(grey), 64)
+    assert (tensor - expected).abs().max() <= 0.01
+
+
+def test_transparent_is_background():
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    tensor = fit_image(image, 64)
+    assert tensor[:, :, :32].min() == 1
+    assert tensor[:, :, 32:].max() == 0
+
+
+def test_sizes():
+    wide = Image.new("RGB", (300, 100))
+    assert fit_image(wide, 64).shape == (3, 64, 64)
+    assert fit_image(wide, 64, square=False).shape == (3, 64, 192)
+    assert fit_image(wide.transpose(Image.Transpose.ROTATE_90), 64, square=False).shape == (3, 192, 64)
+    checks = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8))
+    grey = fit_image(checks, 128)  # antialiased: a fine chequer becomes grey
+    assert grey.std() < 0.02 and abs(grey.mean() - 0.5) < 0.02

@@ -1,7 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python pretrain.py` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; `python pretrain.py vae`
-runs one. A stage that was stopped goes on where it was.
+`python -m tools.pretrain` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; with a stage's
+name it runs that one. A stage that was stopped goes on where it was.
 """
 
 import json
@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from checkpoints import load_optimizer_tensors, optimizer_tensors
 from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_words
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
-from files import ArgumentParser, UserError, read_tensors, run, save_tensors, write_atomically
-from metrics import judge
-from pictures import save_picture, to_picture
 from sample import generate
-from stable_diffusion import TINY, TINY_FILE, StableDiffusion, config_metadata
+from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+from support.checkpoints import load_optimizer_tensors, optimizer_tensors
+from support.errors import UserError, run_command_line
+from support.files import read_tensors, save_tensors, write_atomically
+from support.formats import config_metadata
+from support.options import ArgumentParser
+from support.pictures import save_picture, to_picture
+from tools.shapes import judge
 from unet import ResBlock
-from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
+from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, sample_latent
 from weights import official_state_dict
 
 SEED = 0
@@ -40,7 +43,7 @@ LATENTS = 12_000  # scenes that the UNet is trained on
 
 
 def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tensor, list[str]]:
-    """Scenes of one stream as images [B, 3, size, size] in [-1, 1], and their captions."""
+    """Scenes of one stream: images [B, 3, size, size] in [-1, 1], and their captions."""
     scenes = [draw_scene(np.random.default_rng([SEED, stream, size, i]), size, SHAPES) for i in indices]
     images = torch.from_numpy(np.stack([np.asarray(target) for _, target, _ in scenes]))
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, [caption for _, _, caption in scenes]
@@ -51,7 +54,7 @@ def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tens
 
 
 def learn_merges(folder: Path) -> None:
-    """Join the commonest pair of symbols again and again until every word of the captions is one token."""
+    """Join the commonest pair of symbols, again and again, until every word of the captions is one token."""
     captions = [f"{a} {shape} with {b} background" for a in COLOURS for b in COLOURS for shape in SHAPES]
     counts = Counter(word for caption in captions for word in split_words(caption))
     symbols = byte_symbols()
@@ -82,15 +85,15 @@ def learn_merges(folder: Path) -> None:
 
 
 def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Over about the last 500 steps, and fewer at the start, so that the first weights are soon forgotten."""
+    """The average over about the last 500 steps; over fewer at the start, so that the first weights fade soon."""
     return torch.lerp(value, average, min(0.998, ((1 + count) / (10 + count)).item()))
 
 
 def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
-    """Train `module` for the stage's steps; returns the running average of its weights, which is what ships.
+    """Train `module` for the stage's steps; returns it with the running average of its weights, which is what ships.
 
-    loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so a
-    resumed run goes on as if it had not stopped.
+    loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so that
+    a resumed run goes on as if it had not stopped. show(averaged module, step) is called at each checkpoint.
     """
     steps, path = STEPS[stage], folder / f"{stage}.safetensors"
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -142,12 +145,12 @@ def save_grid(path: Path, *rows: Tensor) -> None:
 
 
 def pass_colours_through(vae: AutoencoderKL) -> None:
-    """Start as a nearly linear map that keeps colours, instead of one that has to find them again.
+    """Initialise the VAE as a nearly linear map that keeps colours, so that it need not learn to.
 
-    A group norm divides by its group's spread, so flat colours, which are all that this world has, would survive
-    only as relations between channels. Here ResBlocks and attention start as identities, resamplers and 1x1
-    convolutions pass channels on, and random biases at the entrances give each group a spread that does not depend
-    on the picture. On two cores it had 24 dB after 35 s, PyTorch's own initialisation 13 dB after 75 s.
+    A group norm divides by its group's spread, so flat colours, all that this world has, would survive only as
+    relations between channels. Here ResBlocks and attention start as identities, resamplers and 1x1 convolutions pass
+    their channels on, and random biases at the entrances give each group a spread that does not depend on the picture.
+    On two cores this reached 24 dB in 35 s, PyTorch's own initialisation 13 dB in 75 s.
     """
     for module in vae.modules():
         if isinstance(module, ResBlock):
@@ -172,7 +175,7 @@ def pass_colours_through(vae: AutoencoderKL) -> None:
 
 
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images after the way through the latent (its mean), and the mean PSNR in dB."""
+    """The images, encoded (to the latent's mean) and decoded again, and the mean PSNR in dB."""
     decoded = torch.cat([vae.decode(vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
     return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
 
@@ -191,7 +194,7 @@ def train_vae(folder: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             moments = vae.encode(images).float()
             mean, log_variance = moments[:, :4], moments[:, 4:].clamp(-30, 20)
-            z = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator)
+            z = sample_latent(moments, torch.randn(mean.shape, generator=generator))
             error = vae.decode(z).float() - images
         pixels = error.abs().mean()
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -210,15 +213,15 @@ def train_vae(folder: Path) -> None:
 
 def load_merges(folder: Path) -> Tokenizer:
     if not (folder / "merges.txt").exists():
-        raise UserError(f"{folder / 'merges.txt'} is missing: run `python pretrain.py merges` first")
+        raise UserError(f"{folder / 'merges.txt'} is missing: run `python -m tools.pretrain merges` first")
     return Tokenizer.from_merges(folder / "merges.txt")
 
 
 def load_trained(folder: Path, stage: str, module: nn.Module, inside: str = "") -> None:
-    """Fill `module` with an earlier stage's averaged weights, those under the name `inside`."""
+    """Load an earlier stage's averaged weights into `module`: all of them, or those whose names begin with `inside`."""
     path, prefix = folder / f"{stage}.safetensors", f"average.module.{inside}"
     if not path.exists():
-        raise UserError(f"{path} is missing: run `python pretrain.py {stage}` first")
+        raise UserError(f"{path} is missing: run `python -m tools.pretrain {stage}` first")
     tensors, _ = read_tensors(path)
     module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
@@ -227,8 +230,8 @@ def load_trained(folder: Path, stage: str, module: nn.Module, inside: str = "") 
 # text
 
 
-class Pair(nn.Module):
-    """The text encoder with what it is trained against, as CLIP is: a picture encoder, into one common space."""
+class TinyCLIP(nn.Module):
+    """The text encoder and, as in CLIP, what it is trained against: a picture encoder into the same space."""
 
     def __init__(self):
         super().__init__()
@@ -252,14 +255,14 @@ class Pair(nn.Module):
 
 def train_text(folder: Path) -> None:
     torch.manual_seed(SEED)
-    tokenizer, pair = load_merges(folder), Pair()
+    tokenizer, clip = load_merges(folder), TinyCLIP()
 
     def similarities(model, stream, first, count):
         images, captions = draw_batch(stream, range(first, first + count), 32)
         return model(tokenizer(captions), images)
 
     def loss_fn(step, generator):
-        logits = similarities(pair, TRAIN, 128 * step, 128)
+        logits = similarities(clip, TRAIN, 128 * step, 128)
         labels = torch.arange(len(logits))
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2, {}
 
@@ -267,9 +270,9 @@ def train_text(folder: Path) -> None:
     def show(average, step):
         logits = similarities(average, UNSEEN, 0, 128)
         right = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean()
-        tqdm.write(f"text step {step}: {right:.0%} of captions find theirs among {len(logits)} unseen pictures")
+        tqdm.write(f"text step {step}: {right:.0%} of captions find their own among {len(logits)} unseen pictures")
 
-    fit("text", folder, pair, loss_fn, show)
+    fit("text", folder, clip, loss_fn, show)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -301,10 +304,11 @@ def train_unet(folder: Path) -> None:
     sd.vae.requires_grad_(False)
     moments, captions = encode_scenes(folder, sd.vae)
     noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
-    sd.latent_scale = round(1 / sd.sample_latents(moments[:1000], noise).std().item(), 5)
+    sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
-    # Colours are chosen where z_t is nearly pure noise, and there ε is all but known: an error in the picture counts
-    # for SNR times as much in ε. So those steps weigh more, as in a loss on z_0; less in the second half, for shapes.
+    # Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
+    # picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so in the second
+    # half, for the shapes.
     weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
     print(f"latent scale {sd.latent_scale}")
     _, unseen = draw_batch(UNSEEN, range(16), 8)
@@ -314,7 +318,7 @@ def train_unet(folder: Path) -> None:
         prompts = ids[chosen]
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
         noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
-        z0 = sd.sample_latents(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
+        z0 = sd.latent_scale * sample_latent(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
         t = torch.randint(schedule.steps, (len(z0),), generator=generator)
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
@@ -330,15 +334,15 @@ def train_unet(folder: Path) -> None:
         images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
         save_grid(folder / "unet.png", images[:8], images[8:])
 
-    both = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
-    # CLIP stays locked in SD; this text encoder was made in a minute, and goes on learning.
-    average = fit("unet", folder, both, loss_fn, show)
+    # Stable Diffusion locks its text encoder, CLIP. This one was trained for a minute, and goes on learning.
+    learning = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
+    average = fit("unet", folder, learning, loss_fn, show)
     sd.unet, sd.text_encoder = average["unet"], average["text"]
     pack(sd, folder)
 
 
 def pack(sd: StableDiffusion, folder: Path) -> None:
-    """Write the miniature as it ships: half precision, official names, the sizes in the metadata."""
+    """Write the miniature as it ships: in half precision, under official names, its sizes in the metadata."""
     tensors = {k: v.half() for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
     save_tensors(tensors, TINY_FILE, config_metadata(sd))
     merges = (folder / "merges.txt").read_bytes()
@@ -348,7 +352,7 @@ def pack(sd: StableDiffusion, folder: Path) -> None:
 
 @torch.no_grad()
 def measure(folder: Path) -> None:
-    """What the model card says of the shipped miniature, and its picture: the first unseen captions, none picked."""
+    """The model card's figures of the shipped miniature, and its picture: the first unseen captions, none picked."""
     sd = StableDiffusion.load("tiny")
     images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
     print(f"VAE: PSNR {reconstruct(sd.vae, images)[1]:.2f} dB on {len(images)} unseen scenes")
@@ -363,7 +367,9 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     stages = {"merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "measure": measure}
-    parser = ArgumentParser(description="Make the miniature Stable Diffusion from nothing.")
+    parser = ArgumentParser(
+        prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
+    )
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; all of them by default")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
     args = parser.parse_args()
@@ -376,4 +382,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command_line(main)

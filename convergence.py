@@ -1,0 +1,174 @@
+"""Sudden convergence (Fig. 4), made visible: fixed held-out pairs that a training is judged by, again and again.
+
+The denoising loss hardly shows whether a ControlNet follows its hint yet. Samples of held-out hints do, and two figures
+show it before them: hint sensitivity and hint gap. `python convergence.py LOG.jsonl ...` plots them from logs.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from controlnet import ControlNet, Denoiser
+from data import Pairs
+from diffusion import NoiseSchedule
+from metrics import circle_iou, colour_error, is_circle_task
+from sample import generate
+from stable_diffusion import StableDiffusion
+from support import options
+from support.errors import UserError, run_command_line
+from support.log import read_log
+from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
+from support.plot import plot_logs
+from support.randomness import HELD_OUT, generator_for
+from vae import sample_latent
+
+PREVIEWED = 8  # columns of a preview
+RESPONSE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
+GROWTH, JUMP = 10, 0.2  # see growth_step and jump_step
+
+
+def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float]:
+    """How far the hint moves the prediction, and whether in the right direction: (hint sensitivity, hint gap).
+
+    own, other [B, 4, h, w]: ε_θ of the same noised latents, times and prompts, once with each pair's own hint and once
+    with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what
+    the other hint adds to the loss of equation (5). Both are exactly 0 while the output zero convolutions are.
+    """
+    own, other, eps = (x.cpu().double() for x in (own, other, eps))  # to see a gap of 1e-9 beside a loss of 0.02
+    sensitivity = (own - other).square().mean().sqrt()
+    gap = F.mse_loss(other, eps) - F.mse_loss(own, eps)
+    return sensitivity.item(), gap.item()
+
+
+class HeldOut:
+    """Held-out pairs, with all that stays the same from one look at them to the next: noise, times, prompts.
+
+    To be made before the first step: the samples of step 0 are the base's own (equation 3). They are kept in
+    `folder`/step-0.png, and read from there when a run is resumed. With `previews` False nothing is ever sampled.
+    """
+
+    @torch.no_grad()
+    def __init__(self, sd: StableDiffusion, pairs: Pairs, seed: int, folder: Path, previews: bool = True):
+        self.pairs, self.seed, self.folder, self.prompts = pairs, seed, folder, pairs.prompts
+        self.hints, self.targets = (
+            torch.stack([part(i) for i in range(len(pairs))]) for part in (pairs.hint, pairs.image)
+        )
+        self.fix_response_inputs(sd)
+        if previews:
+            self.sd, self.scored = sd, is_circle_task(self.hints, self.prompts)
+            first = folder / "step-0.png"
+            if not first.exists():
+                save_picture(to_picture(self.hints[0] * 2 - 1), folder / "hint.png")
+                save_picture(side_by_side([to_picture(image) for image in self.sample([])]), first)
+            self.before = read_strip(first, len(pairs))
+            self.base_scores = {f"base_{name}": score for name, score in self.scores(self.before).items()}
+
+    def fix_response_inputs(self, sd: StableDiffusion) -> None:
+        """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and the next pair's hint for it."""
+        generator = generator_for(self.seed, HELD_OUT)
+        chosen = [i % len(self.pairs) for i in range(len(RESPONSE_TIMES))]
+        others = [(i + 1) % len(self.pairs) for i in chosen]
+        moments = sd.vae.encode(self.targets[chosen].to(sd.device))
+        noise, self.eps = (torch.randn(moments[:, :4].shape, generator=generator).to(sd.device) for _ in range(2))
+        z0 = sd.latent_scale * sample_latent(moments, noise)
+        self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
+        self.z = NoiseSchedule().add_noise(z0, self.eps, self.t)
+        self.own, self.other = self.hints[chosen].to(sd.device), self.hints[others].to(sd.device)
+        self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
+
+    @torch.no_grad()
+    def response(self, denoiser: Denoiser) -> dict[str, float]:
+        """hint_sensitivity, hint_gap, and heldout_loss with the pairs' own hints. Nothing if there is only one pair."""
+        if len(self.pairs) < 2:
+            return {}
+        own, other = (denoiser(self.z, self.t, self.context, hint) for hint in (self.own, self.other))
+        sensitivity, gap = hint_response(own, other, self.eps)
+        heldout_loss = F.mse_loss(own.cpu().double(), self.eps.cpu().double()).item()
+        return {"hint_sensitivity": sensitivity, "hint_gap": gap, "heldout_loss": heldout_loss}
+
+    def sample(self, controlnets: list[ControlNet]) -> Tensor:
+        """The held-out hints as pictures, from the same noise each time; the hint on the conditional side alone."""
+        preset = self.sd.preset
+        return generate(
+            self.sd, controlnets, [self.hints] * len(controlnets), self.prompts, both_sides=False,
+            size=tuple(self.hints.shape[2:]), steps=preset.sampling_steps, guidance_scale=preset.guidance_scale,
+            seed=self.seed,
+        ).cpu()  # fmt: skip
+
+    def scores(self, images: Tensor) -> dict[str, float]:
+        """Mean IoU and colour error, if the task is circles."""
+        if not self.scored:
+            return {}
+        errors = colour_error(images, self.hints, self.prompts)
+        return {"iou": circle_iou(images, self.hints).mean().item(), "colour_error": errors.mean().item()}
+
+    def preview(self, controlnet: ControlNet, step: int) -> dict[str, float]:
+        """Write previews/step-N.png; returns the scores, the base's beside them."""
+        images = self.sample([controlnet])
+        rows = {"hint": self.hints * 2 - 1, "step 0": self.before, f"step {step}": images, "target": self.targets}
+        sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, self.prompts[:PREVIEWED])
+        save_picture(sheet, self.folder / f"step-{step}.png")
+        return self.scores(images) | self.base_scores
+
+
+def growth_step(history: list[dict]) -> int | None:
+    """The first logged step at which the hint sensitivity is seen to grow, or None.
+
+    Seen: in three measurements running it was at least 10 times its smallest value so far, so that neither rounding
+    noise nor a single spike passes for growth.
+    """
+    smallest, running = math.inf, 0
+    for entry in history:
+        if value := entry.get("hint_sensitivity"):
+            smallest = min(smallest, value)
+            running = running + 1 if value >= GROWTH * smallest else 0
+            if running == 3:
+                return entry["step"]
+    return None
+
+
+def jump_step(history: list[dict]) -> int | None:
+    """The first logged step at which another pair's hint costs a fifth of the loss (hint_gap / heldout_loss), or None.
+
+    The samples follow their hints by then, or within a few steps.
+    """
+    return next((e["step"] for e in history if e.get("hint_gap", 0) >= JUMP * e.get("heldout_loss", 1)), None)
+
+
+def news(history: list[dict]) -> list[str]:
+    """What the last entry of a log tells the user, a line each."""
+    entry, lines = history[-1], []
+    if growth_step(history) == entry["step"]:
+        lines.append(f"the hint sensitivity is growing ({entry['hint_sensitivity']:.1e}); samples don't show it yet")
+    if jump_step(history) == entry["step"]:
+        share = entry["hint_gap"] / entry["heldout_loss"]
+        lines.append(f"the jump: with another pair's hint the held-out loss is {share:.0%} higher")
+    if "iou" in entry:
+        lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f})")
+    return [f"step {entry['step']}: {line}" for line in lines]
+
+
+def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
+    """Plot the logs of one or more runs as a PNG. Dotted: the sensitivity is seen to grow. Dashed: the jump."""
+    marks = {label: {":": growth_step(history), "--": jump_step(history)} for label, history in histories.items()}
+    plot_logs(histories, marks, path)
+
+
+def main() -> None:
+    parser = options.ArgumentParser(description="Plot the logs of trainings.")
+    parser.add_argument("log", nargs="+", type=Path, help="log.jsonl of a run; several are drawn over each other")
+    parser.add_argument("--output", type=Path, default=Path("convergence.png"), help="default: convergence.png")
+    args = parser.parse_args()
+    missing = next((path for path in args.log if not path.is_file()), None)
+    if missing:
+        raise UserError(f"{missing}: no such file; pass a run's log.jsonl")
+    named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
+    plot_convergence({name: read_log(path) for name, path in named.items()}, args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

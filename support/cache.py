@@ -1,0 +1,137 @@
+"""Targets and prompts encoded once, before training: the locked encoders give the same at every step."""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from support.errors import UserError
+from support.files import save_json
+from support.listing import raise_for
+
+
+class CachedPairs(Dataset):
+    """Pairs whose targets and prompts are encoded: (index, hint, moments, context) of each.
+
+    `empty_context` [77, D] is the empty prompt's.
+    """
+
+    def __init__(self, pairs, folder: Path):
+        self.pairs, self.folder = pairs, folder
+        rows = context_rows(pairs.prompts)
+        self.context_row = [rows[prompt] for prompt in pairs.prompts]
+        self.empty_context = self.row("contexts.npy", rows[""])
+
+    def row(self, name: str, index: int) -> Tensor:
+        # Mapped afresh each time: a map that is kept would be copied whole into every process that loads pictures.
+        return torch.from_numpy(np.load(self.folder / name, mmap_mode="r")[index].copy()).float()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        moments = self.row("moments.npy", index)  # [8, H/8, W/8]
+        context = self.row("contexts.npy", self.context_row[index])  # [77, D]
+        return index, self.pairs.hint(index), moments, context
+
+
+def context_rows(prompts: list[str]) -> dict[str, int]:
+    """The row of each distinct prompt among the encoded ones; the empty prompt's is the first."""
+    return {prompt: row for row, prompt in enumerate(dict.fromkeys(["", *prompts]))}
+
+
+def cache_key(sd, pairs) -> dict:
+    """What the encoded rows depend on. It is the same on another machine or device, if the data are."""
+
+    def digest(*parts: bytes) -> str:
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+    encoders = (sd.vae.encoder, sd.vae.to_moments, sd.text_encoder)
+    tensors = (tensor for module in encoders for tensor in module.state_dict().values())
+    listed = [[prompt, pairs.content(i)] for i, prompt in enumerate(pairs.prompts)]
+    return {
+        "encoders": digest(*(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)),
+        "pairs": digest(json.dumps(listed).encode()),
+        "resolution": pairs.resolution,
+    }
+
+
+class Targets(Dataset):
+    """A set's targets, or, for a pair that can't be read, what is wrong with it."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.pairs.image(index)
+        except UserError as error:
+            return f"{self.pairs.name(index)}: {error}"
+
+
+@torch.no_grad()
+def cache_latents(sd, pairs, folder: Path, batch_size: int = 4, num_workers: int = 0) -> CachedPairs:
+    """Encode all targets and prompts into `folder`, unless what is there belongs to the same base and pairs.
+
+    Keeps the latent distributions (moments), not samples of them, in half precision; every step then samples afresh,
+    as the released code does. Every picture is opened on the way. Raises UserError that shows the broken pairs, or
+    when the disk is too small.
+    """
+    key, key_file = cache_key(sd, pairs), folder / "key.json"
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a broken one: encode
+        if json.loads(key_file.read_text()) == key:
+            return CachedPairs(pairs, folder)
+    prompts, broken = list(context_rows(pairs.prompts)), []
+
+    def encoded_images() -> Iterator[Tensor]:
+        loader = DataLoader(Targets(pairs), batch_size, num_workers=num_workers, collate_fn=list)
+        for batch in tqdm(loader, desc="encoding images", unit="batch"):
+            broken.extend(item for item in batch if isinstance(item, str))
+            if not broken:  # else the rest is only looked at
+                with torch.autocast(sd.device.type, torch.bfloat16, enabled=sd.device.type == "cuda"):
+                    yield sd.vae.encode(torch.stack(batch).to(sd.device))
+
+    def encoded_prompts() -> Iterator[Tensor]:
+        for first in tqdm(range(0, len(prompts), batch_size), desc="encoding prompts", unit="batch"):
+            yield sd.encode_prompts(prompts[first : first + batch_size])
+
+    try:
+        key_file.unlink(missing_ok=True)
+        write_rows(folder / "moments.npy", len(pairs), encoded_images())
+        if broken:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise_for(broken, len(pairs), "the listing")
+        write_rows(folder / "contexts.npy", len(prompts), encoded_prompts())
+        save_json(key, key_file)  # last: rows without it are encoded again
+    except OSError as error:
+        raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
+    return CachedPairs(pairs, folder)
+
+
+def write_rows(path: Path, count: int, batches: Iterator[Tensor]) -> None:
+    """Write `count` rows that come in batches as one float16 array. Raises UserError when the disk is too small."""
+    rows, done = None, 0
+    for batch in batches:
+        batch = batch.half().cpu().numpy()
+        if rows is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (count, *batch.shape[1:])
+            if shutil.disk_usage(path.parent).free < 2 * math.prod(shape):
+                raise UserError(f"{path.parent} needs {2 * math.prod(shape) / 1e9:.1f} GB for {path.name}: make room")
+            rows = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        rows[done : done + len(batch)] = batch
+        done += len(batch)
+    if rows is not None:
+        rows.flush()

@@ -1,0 +1,93 @@
+"""Folders of pairs: a listing with one JSON object a line, and the pictures that it names."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image
+
+from support.errors import UserError
+
+# Listing -> its keys for hint, target and prompt: fill50k's, and the one of Hugging Face's folders of images.
+LAYOUTS = {
+    "prompt.json": (("source",), ("target",), ("prompt",)),
+    "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"), ("file_name", "image"), ("text",)),
+}
+BROKEN_SHOWN = 20
+
+
+def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[str]]:
+    """Where each pair is listed, its hint, its target, its prompt. Both files exist; they are not opened yet.
+
+    Raises UserError that shows the broken entries, the first 20 of them and their number.
+    """
+    listing = next((root / name for name in LAYOUTS if (root / name).is_file()), None)
+    if listing is None:
+        raise UserError(f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a "
+                        "metadata.jsonl")  # fmt: skip
+    entries, broken = [], []
+    for number, line in enumerate(listing.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            place = f"{listing} line {number}"
+            try:
+                entries.append((place, *read_entry(line, root, *LAYOUTS[listing.name])))
+            except UserError as error:
+                broken.append(f"{place}: {error}")
+    raise_for(broken, len(entries) + len(broken), listing)
+    if not entries:
+        raise UserError(f"{listing} has no pairs: add one line a pair")
+    places, hints, targets, prompts = map(list, zip(*entries))
+    return places, hints, targets, prompts
+
+
+def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple[Path, Path, str]:
+    """One line of a listing -> (hint, target, prompt). Raises UserError."""
+    expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"no JSON ({error}); expected {expected}") from None
+    values = []
+    for keys in names:
+        key = next((key for key in keys if isinstance(entry, dict) and key in entry), None)
+        if key is None or not isinstance(entry[key], str):
+            raise UserError(f'no text under "{keys[0]}"; expected {expected}')
+        values.append(entry[key])
+    *pictures, prompt = values
+    for name in pictures:
+        if "\0" in name or not (root / name).resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{name!r} lies outside the folder; move the picture into it")
+        if not (root / name).is_file():
+            raise UserError(f"{root / name}: no such file; correct the path")
+    return root / pictures[0], root / pictures[1], prompt
+
+
+def raise_for(broken: list[str], count: int, listing: str | Path) -> None:
+    """Raise UserError if any of `count` entries is broken."""
+    if len(broken) == 1:
+        raise UserError(broken[0])
+    if broken:
+        raise UserError(f"{listing}: {len(broken)} of {count} entries are broken; correct or remove them",
+                        details=broken[:BROKEN_SHOWN])  # fmt: skip
+
+
+def check_shapes(hint: Image.Image, target: Image.Image) -> None:
+    """Raise UserError unless hint and target have the same proportions; their sizes may differ."""
+    (width, height), (target_width, target_height) = hint.size, target.size
+    if abs(width * target_height - height * target_width) > 0.01 * width * target_height:
+        raise UserError(f"hint is {width}x{height}, target {target_width}x{target_height}; crop them alike")
+
+
+def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, str]]) -> None:
+    """Write pairs (hint, target, prompt) in fill50k's layout. Raises UserError when the folder can't be written."""
+    try:
+        for part in ("source", "target"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        with open(folder / "prompt.json", "w", encoding="utf-8") as listing:
+            for i, (hint, target, prompt) in enumerate(scenes):
+                hint.save(folder / f"source/{i}.png")
+                target.save(folder / f"target/{i}.png")
+                entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+                listing.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {folder} ({error}): make room or choose another --output") from None

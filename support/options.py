@@ -1,0 +1,70 @@
+"""Command-line options: their types, their defaults, and which of them decide a run's result."""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+
+from support.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, except that a wrong option is a UserError: one line, without the usage text before it.
+
+    `deciding` on the parsed arguments names the options that decide a run's result. One that only says where, how
+    often or how fast is declared with `decides=False`, and may change when the run is resumed.
+    """
+
+    def add_argument(self, *names, decides: bool = True, **options):
+        action = super().add_argument(*names, **options)
+        if decides and action.dest != "help":
+            self.set_defaults(deciding=[*(self.get_default("deciding") or ()), action.dest])
+        return action
+
+    def error(self, message):
+        message = re.sub(r"^argument (-\S+): ", r"\1 ", message)
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def with_defaults(args: argparse.Namespace, preset) -> argparse.Namespace:
+    """The arguments, those that were not given as the base's preset has them; the preset itself as `preset`."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(preset=preset, **{name: getattr(preset, name, None) for name in vars(args)} | given)
+
+
+def warn_if_cut(tokenizer, prompts: dict[str, str]) -> None:
+    """Say which of the prompts, by name, do not fit into the text encoder, and where the first one is cut."""
+    cut = {name: rest for name, prompt in prompts.items() if (rest := tokenizer.cut(prompt))}
+    for name, rest in list(cut.items())[:1]:
+        print(
+            f"warning: {len(cut)} of {len(prompts)} prompts are too long; {name} is cut from: {rest}", file=sys.stderr
+        )
+
+
+# Types of command-line options.
+
+
+def number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """A type for add_argument: an int or float that `accepts` says yes to. `expected` completes "must be …"."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {expected}")
+        return value
+
+    return convert
+
+
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+count_or_zero = number(int, lambda value: value >= 0, "a whole number, 0 or more")
+positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+finite_float = number(float, math.isfinite, "a finite number")
+share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+side = number(
+    int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64"
+)  # 8 of the VAE times 8 of the UNet

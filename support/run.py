@@ -1,0 +1,213 @@
+"""One training run on its machines and in its folder, so that train.py can be read as one process on one device."""
+
+import contextlib
+import math
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from support.cache import CachedPairs
+from support.checkpoints import check_config, checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
+from support.devices import choose_device
+from support.errors import UserError
+from support.files import save_json
+from support.log import Log
+from support.randomness import index_batches
+
+WHAT_A_RUN_LEAVES = ("config.json", "log.jsonl", "checkpoints", "controlnet.safetensors")
+
+
+class Batch(NamedTuple):
+    """This process's share of batch `number` of the training, on its device."""
+
+    number: int
+    size: int  # of the batch of all processes
+    names: list[str]
+    hint: Tensor
+    moments: Tensor
+    context: Tensor
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        channels, *sides = self.moments.shape[1:]
+        return channels // 2, *sides
+
+
+class Run:
+    """The run that train.py's options describe: its device, processes, signals, log and checkpoints.
+
+    Under torchrun there are several processes, each with its own device and its share of every batch. One of them
+    `writes`: it does all that is done once. The results do not depend on their number, up to rounding.
+    Raises UserError when the folder holds a run that is not to be resumed, or one of other options.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args, self.folder = args, args.output_dir
+        if not args.resume_from_checkpoint and any((self.folder / name).exists() for name in WHAT_A_RUN_LEAVES):
+            raise UserError(f"{self.folder} holds a run already: add --resume-from-checkpoint latest, or choose "
+                            "another --output-dir")  # fmt: skip
+        self.device = choose_device(args.device)
+        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.writes = self.rank == 0
+        if self.processes > 1:
+            self.join_processes()
+        self.config = {name: getattr(args, name) for name in args.deciding}
+        self.config["train_batch_size"] *= self.processes
+        self.checkpoint, self.start = None, 0
+        if args.resume_from_checkpoint:
+            self.find_start()
+        self.step, self.history = self.start, []
+        self.log_file, self.bar, self.shown = None, None, {}
+        self.signals, self.stopping = [], False
+
+    def join_processes(self) -> None:
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one encodes
+
+    def find_start(self) -> None:
+        args = self.args
+        self.checkpoint = find_checkpoint(self.folder / "checkpoints", args.resume_from_checkpoint)
+        self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config)
+        if self.start > args.max_train_steps:
+            raise UserError(f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more steps")
+        if self.checkpoint:
+            self.say(f"resuming from {self.checkpoint}")
+        else:
+            self.say(f"{self.folder} has no checkpoint yet: starting at step 0")
+
+    def say(self, *lines: str) -> None:
+        for line in lines if self.writes else ():
+            tqdm.write(line)
+
+    # Before the first step
+
+    @contextlib.contextmanager
+    def one_process_first(self) -> Iterator[None]:
+        """What is inside is done by the writing process, then by the others, who find it done: fetching, encoding."""
+        if not self.writes:
+            distributed.barrier()
+        yield
+        if self.writes and self.processes > 1:
+            distributed.barrier()
+
+    def resume(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        """Load the checkpoint, if there is one, and open the log where it left off."""
+        if self.checkpoint:
+            load_checkpoint(self.checkpoint, trained, optimizer)
+        if self.writes:
+            save_json(self.config, self.folder / "config.json")
+            self.log_file = Log(self.folder, self.start, self.args.report_to == "tensorboard")
+            self.history = self.log_file.history
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained: compiled if asked for, its gradients averaged over the processes."""
+        if self.args.compile:
+            model = torch.compile(model)
+        return DistributedDataParallel(model) if self.processes > 1 else model
+
+    def batches(self, pairs: CachedPairs) -> Iterator[Batch]:
+        """Batches of shuffled pairs without end, from the one that the next step needs."""
+        size = self.args.train_batch_size
+        first = self.start * self.args.gradient_accumulation_steps
+        order = index_batches(len(pairs), size * self.processes, self.args.seed, first, self.slice(size))
+        on_cuda = self.device.type == "cuda"
+        loader = DataLoader(pairs, batch_sampler=order, num_workers=self.args.num_workers, pin_memory=on_cuda)
+        for number, (indices, *tensors) in enumerate(loader, start=first):
+            names = [pairs.pairs.name(i) for i in indices.tolist()]
+            tensors = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            yield Batch(number, size * self.processes, names, *tensors)
+
+    # At each step
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to do, with a progress bar. Ctrl-C or SIGTERM ends them after the step in hand.
+
+        A second one stops at once.
+        """
+        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        last = self.args.max_train_steps
+        self.bar = tqdm(initial=self.start, total=last, desc="training", disable=not self.writes)
+        try:
+            for step in range(self.start + 1, last + 1):
+                yield step
+                self.bar.update()
+                if self.stopping:
+                    break
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def ask_to_stop(self, number, frame) -> None:
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def slice(self, size: int) -> slice:
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def share(self, drawn: Tensor) -> Tensor:
+        """This process's rows, on its device, of numbers drawn for the batch of all processes.
+
+        They are drawn on the CPU, so that neither the number of processes nor the device changes them.
+        """
+        return drawn[self.slice(len(drawn) // self.processes)].to(self.device, non_blocking=True)
+
+    def accumulating(self, model: nn.Module, last: bool):
+        """Around forward and backward: gradients are averaged over the processes after the `last` batch of a step."""
+        return contextlib.nullcontext() if last or self.processes == 1 else model.no_sync()
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over the processes."""
+        if self.processes > 1:
+            distributed.all_reduce(value)
+        return value.item() / self.processes
+
+    def check(self, step: int, loss: float, gradient_norm: float, names: list[str]) -> None:
+        """Raise UserError before a loss or gradient that is not finite gets into the weights."""
+        if not math.isfinite(loss + gradient_norm):
+            good = max(checkpoints_in(self.folder / "checkpoints").items(), default=(0, "none yet"))[1]
+            raise UserError(
+                f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; last good "
+                f"checkpoint: {good}; look at these pairs, lower --learning-rate or take --mixed-precision no"
+            )
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether this process has to do now what is done `every` so many steps; never for 0."""
+        return self.writes and every > 0 and step % every == 0
+
+    def log(self, entry: dict) -> None:
+        """Write a finished step to the log; `history` are the entries of all steps so far."""
+        self.step = entry["step"]
+        if self.writes:
+            self.log_file.write(entry)
+            formats = {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}
+            self.shown |= {name: format(entry[name], form) for name, form in formats.items() if name in entry}
+            self.bar.set_postfix(self.shown)
+
+    def save(self, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> bool:
+        """Write a checkpoint when it is time to, at the end or when a signal came; returns whether it did."""
+        self.stopping = self.mean(torch.tensor(float(len(self.signals)), device=self.device)) > 0
+        ends = self.stopping or step == self.args.max_train_steps
+        if not (self.writes and ends) and not self.due(step, self.args.checkpointing_steps):
+            return False
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(self.folder / "checkpoints", step, trained, optimizer, self.config, limit)
+        return True
+
+    def close(self) -> None:
+        if self.log_file:
+            self.log_file.close()
+        if self.processes > 1:
+            distributed.destroy_process_group()

@@ -1,0 +1,68 @@
+"""Targets and prompts are encoded once, and again when what they depend on has changed."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from standin import SAMPLE
+
+from data import DrawnImages, PairedImages
+from stable_diffusion import StableDiffusion
+from support.cache import cache_latents
+
+
+@pytest.fixture
+def sd(monkeypatch):
+    """The miniature; `sd.encoded` lists the sizes of the batches that it has encoded."""
+    sd = StableDiffusion.load("tiny")
+    encode, sd.encoded = sd.vae.encode, []
+    monkeypatch.setattr(sd.vae, "encode", lambda images: sd.encoded.append(len(images)) or encode(images))
+    return sd
+
+
+@torch.no_grad()
+def test_what_is_kept(sd, tmp_path):
+    pairs = DrawnImages(5, 64)
+    cached = cache_latents(sd, pairs, tmp_path / "cache", batch_size=2)
+    assert sd.encoded == [2, 2, 1]
+    for i in range(5):
+        index, hint, moments, context = cached[i]
+        assert index == i and torch.equal(hint, pairs.hint(i))
+        expected = sd.vae.encode(pairs.image(i)[None])[0]
+        assert (moments - expected).abs().max() <= 1e-3 * expected.abs().max()  # half precision: 2^-11
+        assert (context - sd.encode_prompts([pairs.prompts[i]])[0]).abs().max() <= 1e-3 * context.abs().max()
+    assert torch.equal(cached.empty_context, sd.encode_prompts([""])[0].half().float())
+
+
+def test_encoded_once_unless_something_changed(sd, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path / "data")
+
+    def times_encoded(resolution=64) -> int:
+        sd.encoded.clear()
+        cache_latents(sd, PairedImages(tmp_path / "data", resolution), tmp_path / "cache", batch_size=4)
+        return len(sd.encoded)
+
+    assert [times_encoded(), times_encoded()] == [1, 0]
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # other times, the same content: as on another machine
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "copy").rename(tmp_path / "data")
+    assert times_encoded() == 0
+    (tmp_path / "cache" / "key.json").write_text("{")
+    assert [times_encoded(), times_encoded()] == [1, 0]
+    shutil.copy(tmp_path / "data" / "target" / "1.png", tmp_path / "data" / "target" / "0.png")
+    assert [times_encoded(), times_encoded()] == [1, 0]
+    listing = tmp_path / "data" / "prompt.json"
+    listing.write_text(listing.read_text().replace("coral circle", "red circle"))
+    assert [times_encoded(), times_encoded()] == [1, 0]
+    assert [times_encoded(resolution=128), times_encoded(resolution=128)] == [1, 0]
+    with torch.no_grad():
+        sd.text_encoder.norm_out.bias.add_(1e-3)
+    assert [times_encoded(resolution=128), times_encoded(resolution=128)] == [1, 0]
+
+
+def test_pairs_travel_to_other_processes(sd, tmp_path):
+    """The encoded rows are mapped where they are needed, not sent along."""
+    cached = cache_latents(sd, DrawnImages(64, 64), tmp_path / "cache", batch_size=32)
+    assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 200_000
+    assert len(pickle.dumps(cached)) < 50_000

@@ -1,0 +1,91 @@
+"""What a log tells of sudden convergence, and its plot."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import convergence
+from convergence import growth_step, hint_response, jump_step, plot_convergence
+from support.errors import UserError
+
+
+def test_hint_response():
+    eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert hint_response(eps, eps, eps) == (0, 0)
+    assert hint_response(eps, eps + 0.5, eps) == pytest.approx((0.5, 0.25), rel=1e-6)
+    assert hint_response(eps + 0.5, eps, eps) == pytest.approx((0.5, -0.25), rel=1e-6)  # the wrong hint is better
+    # float32 would lose a gap of 1e-10 beside a loss of 1
+    sensitivity, gap = hint_response(eps + 1, eps + 1 + 2**-20, eps)
+    assert sensitivity == pytest.approx(2**-20, rel=0.1)
+    assert gap == pytest.approx(2**-19, rel=0.1)
+
+
+def measured(*sensitivities, gap=0.0):
+    return [
+        {"step": 10 * i, "hint_sensitivity": s, "hint_gap": gap, "heldout_loss": 0.02}
+        for i, s in enumerate(sensitivities)
+    ]
+
+
+def test_growth_is_told_from_noise():
+    noise = [0.0, 2e-7, 1.7e-6, 5e-7, 9e-7, 1.5e-6, 4e-7]
+    assert growth_step(measured(*noise)) is None
+    assert growth_step(measured(*noise, 6e-7, 1e-6, 1.6e-6, 2.8e-6, 5e-6, 9e-6)) == 120
+    assert growth_step(measured(1e-5, 4e-5, 2e-4, 9e-4)) is None
+    assert growth_step(measured(1e-5, 4e-5, 2e-4, 9e-4, 4e-3)) == 40
+    assert growth_step(measured(2e-7, 2.3e-7, 3.6e-7, 2.5e-6, 5e-7, 4e-7, 4e-7)) is None  # a spike
+    assert growth_step(measured(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
+    assert growth_step([{"step": 1, "loss": 0.1}]) is None
+
+
+def test_jump_is_a_fifth_of_the_loss():
+    flat = measured(1e-3, 1e-3)
+    assert jump_step(flat) is None
+    late = measured(1e-3, 1e-3, 1e-2, gap=0.005)[2:]
+    assert jump_step([*flat, {"step": 15, "loss": 0.1}, *late]) == 20
+
+
+def history(steps, iou_every):
+    entries = []
+    for step in range(1, steps + 1):
+        entry = {"step": step, "loss": 0.03 - 1e-5 * step, "lr": 5e-4, "seconds": step}
+        if step % 10 == 0:
+            entry |= {"hint_sensitivity": 1e-6 * 1.5 ** (step / 10), "hint_gap": 1e-4 * step, "heldout_loss": 0.02}
+        if step % iou_every == 0:
+            entry |= {"iou": step / steps, "base_iou": 0.2}
+        entries.append(entry)
+    return entries
+
+
+def test_plot_has_a_panel_for_what_was_logged(tmp_path):
+    plot_convergence({"run": history(100, 20)}, tmp_path / "whole.png")
+    plot_convergence({"run": [{"step": 1, "loss": 0.1}]}, tmp_path / "loss.png")
+    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "loss.png") as loss:
+        assert whole.width == loss.width
+        assert whole.height > 3 * loss.height
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    logs = []
+    for name in ("default", "he"):
+        (tmp_path / name).mkdir()
+        logs.append(tmp_path / name / "log.jsonl")
+        logs[-1].write_text("".join(json.dumps(entry) + "\n" for entry in history(60, 20)))
+    monkeypatch.setattr(sys, "argv", ["convergence.py", *map(str, logs), "--output", str(tmp_path / "both.png")])
+    convergence.main()
+    assert "both.png" in capsys.readouterr().out
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["convergence.py", str(tmp_path / "nowhere.jsonl")])
+    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
+        convergence.main()
+
+
+def test_plotting_logs_of_different_runs(tmp_path):
+    """One log without previews, one that starts in the middle, one with nothing measured."""
+    logs = {"whole": history(60, 20), "no previews": history(60, 100), "later": history(60, 20)[25:]}
+    plot_convergence(logs | {"empty": []}, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").height > 500
+    plot_convergence({"empty": []}, tmp_path / "nothing.png")

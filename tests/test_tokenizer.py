@@ -1,0 +1,65 @@
+"""Ids back to text, and what of a prompt does not fit. test_golden.py checks the ids against the released tokenizer."""
+
+from pathlib import Path
+
+import pytest
+
+from clip_text import MAX_LENGTH, Tokenizer
+
+LIMIT = MAX_LENGTH - 2  # tokens of a prompt between start and end
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_merges(Path(__file__).parents[1] / "models" / "tiny" / "merges.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("light blue triangle on dark slate gray background", "light blue triangle on dark slate gray background"),
+        ("  A Red\tCircle\n", "a red circle"),
+        ("It’s 42 &amp;amp; more", "it 's 4 2 & more"),
+        ("cafe\u0301, naïve", "café , naïve"),
+        ("日本語 🎨🖌", "日本語 🎨🖌"),
+        ("", ""),
+    ],
+)
+def test_decode_inverts_encode(tokenizer, text, normalised):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == normalised
+    assert tokenizer.encode(normalised) == ids
+
+
+def test_decode_takes_what_the_tokenizer_gives(tokenizer):
+    row = tokenizer(["a red circle"])[0]
+    assert tokenizer.decode(row[:5]) == "<|startoftext|>a red circle <|endoftext|>"
+    with pytest.raises(IndexError):
+        tokenizer.decode([len(tokenizer.ids)])
+
+
+def test_cut(tokenizer):
+    assert len(tokenizer.encode("circle")) == 1
+    assert tokenizer.cut("") == tokenizer.cut("circle " * LIMIT) == ""
+    assert tokenizer.cut("circle " * LIMIT + "Red, blue") == "red , blue"
+
+
+def test_cut_inside_one_long_word(tokenizer):
+    word = "x" * (LIMIT + 25)
+    assert len(tokenizer.encode(word)) == len(word)  # no merge joins them
+    assert tokenizer.cut(word) == "x" * 25
+
+
+def test_cut_inside_a_character(tokenizer):
+    """20 times four bytes: 75 tokens hold 18 whole characters and three bytes of the next, so one byte is left over."""
+    assert len(tokenizer.encode("🎨" * 20)) == 80
+    assert tokenizer.cut("🎨" * 20) == "\ufffd🎨"
+
+
+@pytest.mark.parametrize("text", ["green square " * 50, "x" * 200, "ü" * 100, "日本語" * 40])
+def test_nothing_is_lost(tokenizer, text):
+    """The tokens kept and the tokens cut make the whole prompt."""
+    kept, ids = tokenizer([text])[0, 1 : LIMIT + 1].tolist(), tokenizer.encode(text)
+    assert kept == ids[:LIMIT]
+    assert tokenizer.cut(text) == tokenizer.decode(ids[LIMIT:])
+    assert tokenizer.decode(kept + ids[LIMIT:]) == text.strip()

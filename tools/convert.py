@@ -1,0 +1,57 @@
+"""Turn a ControlNet's file into another program's layout: python -m tools.convert IN OUT --layout diffusers."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from support.errors import UserError, run_command_line
+from support.files import read_tensors
+from support.formats import sizes_of, unet_config
+from support.options import ArgumentParser
+from unet import UNet
+from weights import OFFICIAL, load_controlnet, read_controlnet, save_controlnet
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.convert", description="Write a ControlNet in another layout.")
+    parser.add_argument("source", metavar="IN", type=Path, help="a ControlNet's file or diffusers folder")
+    parser.add_argument("output", metavar="OUT", type=Path, help="a .safetensors file, for diffusers a folder")
+    parser.add_argument("--layout", choices=("official", "diffusers"), required=True, help="of OUT")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
+    args = parser.parse_args()
+    if args.layout == "official" and args.output.suffix != ".safetensors":
+        raise UserError(f"{args.output}: must end in .safetensors for --layout official")
+    if args.layout == "diffusers" and args.output.is_file():
+        raise UserError(f"{args.output} is a file, but --layout diffusers writes a folder: choose another OUT")
+
+    part, metadata = read_controlnet(args.source)
+    if part.layout.name == "lite":
+        raise UserError(f"{args.source} is a ControlNet-lite, which no other program can read: keep it as it is")
+    with sizes_of(args.source):
+        hidden = {name: int(size) for name, size in json.loads(metadata.get("unet", "{}")).items()}
+        unet = UNet(unet_config(part, **hidden))
+    dtype = DTYPES[args.dtype]
+    controlnet = load_controlnet(args.source, unet).to(dtype)
+    decoder = {}
+    if "unlock_decoder" in metadata:
+        prefix = OFFICIAL[UNet].prefix
+        tensors, _ = read_tensors(args.source)
+        decoder = {name: tensor.to(dtype) for name, tensor in tensors.items() if name.startswith(prefix)}
+    kept = {key: value for key, value in metadata.items() if key != "format"}
+    save_controlnet(controlnet, args.output, args.layout, kept, decoder)
+    print(f"{args.source}: ControlNet in the {part.layout.name} layout, {len(part.tensors)} tensors")
+    if decoder and args.layout == "diffusers":
+        print(
+            "warning: the decoder that was trained with it stays behind, because diffusers' layout has no place for "
+            "it: pictures will differ",
+            file=sys.stderr,
+        )
+    print(f"wrote {args.output}, {args.layout} layout, {args.dtype}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)
