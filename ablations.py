@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import DownBlock, UNet
+from unet import UNet
 
 
 def gaussian_weights(*convs: nn.Conv2d) -> None:
@@ -29,6 +29,6 @@ def lite_copy(unet: UNet, widths: list[int]) -> tuple[None, nn.ModuleList, LiteB
     `widths` are the channels after each encoder block.
     """
     channels = [unet.config.in_channels, *widths]
-    strides = [2 if isinstance(block, DownBlock) else 1 for block in unet.encoder]
+    strides = [2 if hasattr(block, "downsample") else 1 for block in unet.encoder]
     blocks = nn.ModuleList(LiteBlock(*io, stride) for *io, stride in zip(channels, channels[1:], strides))
     return None, blocks, LiteBlock(widths[-1], widths[-1])

@@ -154,9 +154,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
-        )
+        projected = self.to_q(x), self.to_k(x), self.to_v(x)
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)  # [B, heads, N, d]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # softmax(Q K^T / sqrt(d) + mask) V
         return self.to_out(out.transpose(1, 2).flatten(2))
 

@@ -56,19 +56,14 @@ class HintEncoder(nn.Sequential):
 
 
 class ControlNet(nn.Module):
-    """The trainable copy of an encoder: latent, hint, time and prompt to 13 residuals for the locked UNet.
-
-    `time_embed` is None in a ControlNet-lite (ablations.py), whose blocks see neither time nor prompt.
-    """
+    """The trainable copy of an encoder: latent, hint, time and prompt to 13 residuals for the locked UNet."""
 
     def __init__(self, config: UNetConfig, time_embed, encoder, middle, hint_encoder):
         super().__init__()
         self.config = config
         self.checkpointing = False  # set True to trade time for memory in training
-        self.time_embed = time_embed
-        self.encoder = encoder
-        self.middle = middle
-        self.hint_encoder = hint_encoder
+        self.time_embed = time_embed  # None in a ControlNet-lite (ablations.py), which sees neither time nor prompt
+        self.encoder, self.middle, self.hint_encoder = encoder, middle, hint_encoder
         widths = encoder_channels(config)
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels in widths)
         self.middle_zero_conv = zero_conv(widths[-1])
@@ -80,8 +75,7 @@ class ControlNet(nn.Module):
     ) -> "ControlNet":  # fmt: skip
         """Copy the UNet's time embedding, encoder and middle block, dtype and device included, ready to train.
 
-        `connection="gaussian"` and `copy="lite"` are the paper's ablations (Fig. 8b, 8c).
-        Raises ValueError for other words.
+        connection="gaussian" and copy="lite" are ablations (Fig. 8b, 8c). Raises ValueError for other words.
         """
         hint_encoder = HintEncoder(unet.config.model_channels, hint_channels, hint_init)
         if copy == "full":
@@ -126,8 +120,8 @@ class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
     What learns and what is locked is decided here: the UNet is locked (Θ in equation 2), the ControlNet learns.
-    `trained` holds the modules that learn, by name. `bf16` computes in bfloat16 and stores the locked part in it;
-    weights that learn stay float32, and so does their optimizer's state.
+    `trained` holds the modules that learn, by name; their weights stay float32. `bf16` computes in bfloat16, and
+    stores the locked part in it.
     """
 
     def __init__(
@@ -149,6 +143,9 @@ class Denoiser(nn.Module):
             if bf16 and name not in self.trained:
                 part.bfloat16()
         controlnet.checkpointing = unet.checkpointing = checkpointing
+
+    def learning(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
         """z [B, 4, h, w], t int64 [B], context [B, 77, D], hint [B, 3, 8h, 8w] in [0, 1] -> ε [B, 4, h, w], float32."""

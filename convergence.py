@@ -1,7 +1,7 @@
 """Sudden convergence (Fig. 4), made visible: fixed held-out pairs that a training is judged by, again and again.
 
-The denoising loss hardly shows whether a ControlNet follows its hint yet. Samples of held-out hints do, and two figures
-show it before them: hint sensitivity and hint gap. `python convergence.py LOG.jsonl ...` plots them from logs.
+The denoising loss hardly shows whether a ControlNet follows its hint. Samples of held-out hints do, and so do two
+figures that need no samples: hint sensitivity and hint gap.
 """
 
 import math
@@ -17,9 +17,6 @@ from diffusion import NoiseSchedule
 from metrics import circle_iou, colour_error, is_circle_task
 from sample import generate
 from stable_diffusion import StableDiffusion
-from support import options
-from support.errors import UserError, run_command_line
-from support.log import read_log
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
@@ -53,16 +50,14 @@ class HeldOut:
     @torch.no_grad()
     def __init__(self, sd: StableDiffusion, pairs: Pairs, seed: int, folder: Path, previews: bool = True):
         self.pairs, self.seed, self.folder, self.prompts = pairs, seed, folder, pairs.prompts
-        self.hints, self.targets = (
-            torch.stack([part(i) for i in range(len(pairs))]) for part in (pairs.hint, pairs.image)
-        )
+        self.hints = torch.stack([pairs.hint(i) for i in range(len(pairs))])
+        self.targets = torch.stack([pairs.image(i) for i in range(len(pairs))])
         self.fix_response_inputs(sd)
         if previews:
             self.sd, self.scored = sd, is_circle_task(self.hints, self.prompts)
-            first = folder / "step-0.png"
-            if not first.exists():
+            if not (first := folder / "step-0.png").exists():
                 save_picture(to_picture(self.hints[0] * 2 - 1), folder / "hint.png")
-                save_picture(side_by_side([to_picture(image) for image in self.sample([])]), first)
+                save_picture(side_by_side([to_picture(image) for image in self.sample()]), first)
             self.before = read_strip(first, len(pairs))
             self.base_scores = {f"base_{name}": score for name, score in self.scores(self.before).items()}
 
@@ -89,13 +84,12 @@ class HeldOut:
         heldout_loss = F.mse_loss(own.cpu().double(), self.eps.cpu().double()).item()
         return {"hint_sensitivity": sensitivity, "hint_gap": gap, "heldout_loss": heldout_loss}
 
-    def sample(self, controlnets: list[ControlNet]) -> Tensor:
+    def sample(self, *controlnets: ControlNet) -> Tensor:
         """The held-out hints as pictures, from the same noise each time; the hint on the conditional side alone."""
-        preset = self.sd.preset
+        preset, hints, size = self.sd.preset, [self.hints] * len(controlnets), tuple(self.hints.shape[2:])
         return generate(
-            self.sd, controlnets, [self.hints] * len(controlnets), self.prompts, both_sides=False,
-            size=tuple(self.hints.shape[2:]), steps=preset.sampling_steps, guidance_scale=preset.guidance_scale,
-            seed=self.seed,
+            self.sd, list(controlnets), hints, self.prompts, both_sides=False, size=size, seed=self.seed,
+            steps=preset.sampling_steps, guidance_scale=preset.guidance_scale,
         ).cpu()  # fmt: skip
 
     def scores(self, images: Tensor) -> dict[str, float]:
@@ -107,7 +101,7 @@ class HeldOut:
 
     def preview(self, controlnet: ControlNet, step: int) -> dict[str, float]:
         """Write previews/step-N.png; returns the scores, the base's beside them."""
-        images = self.sample([controlnet])
+        images = self.sample(controlnet)
         rows = {"hint": self.hints * 2 - 1, "step 0": self.before, f"step {step}": images, "target": self.targets}
         sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, self.prompts[:PREVIEWED])
         save_picture(sheet, self.folder / f"step-{step}.png")
@@ -131,19 +125,16 @@ def growth_step(history: list[dict]) -> int | None:
 
 
 def jump_step(history: list[dict]) -> int | None:
-    """The first logged step at which another pair's hint costs a fifth of the loss (hint_gap / heldout_loss), or None.
-
-    The samples follow their hints by then, or within a few steps.
-    """
+    """The first logged step at which another pair's hint costs a fifth of the held-out loss, or None."""
     return next((e["step"] for e in history if e.get("hint_gap", 0) >= JUMP * e.get("heldout_loss", 1)), None)
 
 
 def news(history: list[dict]) -> list[str]:
     """What the last entry of a log tells the user, a line each."""
     entry, lines = history[-1], []
-    if growth_step(history) == entry["step"]:
-        lines.append(f"the hint sensitivity is growing ({entry['hint_sensitivity']:.1e}); samples don't show it yet")
-    if jump_step(history) == entry["step"]:
+    if "hint_sensitivity" in entry and growth_step(history) == entry["step"]:
+        lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
+    if "hint_gap" in entry and jump_step(history) == entry["step"]:
         share = entry["hint_gap"] / entry["heldout_loss"]
         lines.append(f"the jump: with another pair's hint the held-out loss is {share:.0%} higher")
     if "iou" in entry:
@@ -155,20 +146,3 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
     """Plot the logs of one or more runs as a PNG. Dotted: the sensitivity is seen to grow. Dashed: the jump."""
     marks = {label: {":": growth_step(history), "--": jump_step(history)} for label, history in histories.items()}
     plot_logs(histories, marks, path)
-
-
-def main() -> None:
-    parser = options.ArgumentParser(description="Plot the logs of trainings.")
-    parser.add_argument("log", nargs="+", type=Path, help="log.jsonl of a run; several are drawn over each other")
-    parser.add_argument("--output", type=Path, default=Path("convergence.png"), help="default: convergence.png")
-    args = parser.parse_args()
-    missing = next((path for path in args.log if not path.is_file()), None)
-    if missing:
-        raise UserError(f"{missing}: no such file; pass a run's log.jsonl")
-    named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
-    plot_convergence({name: read_log(path) for name, path in named.items()}, args.output)
-    print(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    run_command_line(main)

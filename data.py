@@ -7,21 +7,18 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from support import options
 from support.colours import COLOURS
-from support.errors import UserError, run_command_line
 from support.files import fingerprint
 from support.hub import fetch_folder
-from support.listing import check_shapes, read_listing, write_folder
+from support.listing import check_shapes, read_listing
 from support.pictures import fit_image, open_image
 
 DRAWN_PAIRS = 2000  # of --data drawn
 DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
-
 SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart
+Scene = tuple[Image.Image, Image.Image, str]  # hint, target, prompt
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -35,9 +32,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"no such shape: {shape}")
 
 
-def draw_scene(
-    rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)
-) -> tuple[Image.Image, Image.Image, str]:
+def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)) -> Scene:
     """One random (hint, target, prompt) of `size` x `size` pixels, distributed as measured on the real fill50k.
 
     Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border; the hint is a pure 0/255 outline
@@ -61,7 +56,7 @@ def draw_scene(
     return Image.fromarray(hint), Image.fromarray(target), f"{name} {shape} with {background_name} background"
 
 
-def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> tuple[Image.Image, Image.Image, str]:
+def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> Scene:
     """Pair `index` of an endless set like fill50k, the same for the same (index, size, seed)."""
     return draw_scene(np.random.default_rng([seed, index]), size)
 
@@ -72,9 +67,6 @@ class Pairs(Dataset):
     A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;
     and `content(index)`, a text that changes when the target does and is the same on another machine.
     """
-
-    prompts: list[str]
-    resolution: int
 
     def hint(self, index: int) -> Tensor:
         """[3, H, W] in [0, 1], 0 = background. Raises UserError when the picture can't be read, as image does."""
@@ -99,7 +91,6 @@ class PairedImages(Pairs):
         self.places, self.hints, self.targets, self.prompts = read_listing(Path(root))
 
     def select(self, indices: slice) -> "PairedImages":
-        """Some of the pairs."""
         some = copy(self)
         for part in ("places", "hints", "targets", "prompts"):
             setattr(some, part, getattr(self, part)[indices])
@@ -155,20 +146,3 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
         print(f"{source} has only {len(pairs)} pairs: none is held out, the previews show training pairs")
         return pairs, pairs.select(slice(held_out))
     return pairs.select(slice(-spared)), pairs.select(slice(-spared, None))
-
-
-def main() -> None:
-    parser = options.ArgumentParser(description="Draw pairs like fill50k's into a folder of its layout.")
-    parser.add_argument("--count", type=options.positive_int, default=100, help="pairs (default: 100)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for prompt.json, source/ and target/")
-    parser.add_argument("--size", type=options.positive_int, default=512, help="pixels a side (default: 512)")
-    parser.add_argument("--seed", type=options.count_or_zero, default=0)
-    args = parser.parse_args()
-    if (args.output / "prompt.json").exists():
-        raise UserError(f"{args.output} holds pairs already: choose another --output")
-    indices = tqdm(range(args.count), desc="drawing")
-    write_folder(args.output, (draw_fill50k(i, args.size, args.seed) for i in indices))
-
-
-if __name__ == "__main__":
-    run_command_line(main)

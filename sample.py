@@ -78,10 +78,7 @@ def generate(
 
 
 def load_decoders(sd: StableDiffusion, paths: list[Path]) -> None:
-    """Load the UNet's decoder that was trained along with a ControlNet (train.py --unlock-decoder) into the base.
-
-    Raises UserError when two of the files have one.
-    """
+    """Load a decoder that was trained along with a ControlNet (train.py --unlock-decoder) into the base's UNet."""
     marked = [path for path in paths if not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]]
     if len(marked) > 1:
         raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
@@ -122,7 +119,6 @@ def main() -> None:
     device = choose_device(args.device)
     pictures = [open_image(path) for path in args.hint]
     paths = [locate(source, "pass a local file with --controlnet FILE") for source in args.controlnet]
-
     sd = StableDiffusion.load(args.base)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
     load_decoders(sd, paths)

@@ -7,7 +7,6 @@ the paper's experiment on fill50k, on one 24 GB card.
 import json
 import os
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -78,17 +77,15 @@ def parse_arguments() -> Namespace:
 def main() -> None:
     args = parse_arguments()
     sd = StableDiffusion.load(args.base)
-    unet, latent_scale, tokenizer = sd.unet, sd.latent_scale, sd.tokenizer
+    unet, latent_scale = sd.unet, sd.latent_scale
     args = options.with_defaults(args, sd.preset)
     run = Run(args)
     sd.to(run.device)
     with run.one_process_first():
         pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
         cached = cache_latents(sd, pairs, run.folder / "cache", args.train_batch_size, args.num_workers)
-    held_out = None
-    if run.writes:
-        options.warn_if_cut(tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
-        held_out = HeldOut(sd, held_out_pairs, args.seed, run.folder / "previews", args.validation_steps > 0)
+    previews = run.folder / "previews"
+    held_out = HeldOut(sd, held_out_pairs, args.seed, previews, args.validation_steps > 0) if run.writes else None
     del sd  # all is encoded: unless previews are sampled, nobody needs VAE and text encoder any more
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
@@ -98,8 +95,7 @@ def main() -> None:
         only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     place(denoiser, run.device)
-    learning = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(denoiser.learning(), lr=args.learning_rate, fused=True)
     run.resume(denoiser.trained, optimizer)
     train(args, run, denoiser, optimizer, run.batches(cached), cached.empty_context, latent_scale, held_out)
     run.close()
@@ -113,8 +109,7 @@ def train(
 ) -> None:  # fmt: skip
     """The loop: equation (5), from the step after run.start to --max-train-steps, or until a signal ends it."""
     model, schedule, empty_prompt = run.distribute(denoiser), NoiseSchedule(), empty_prompt.to(run.device)
-    learning = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    accumulated = args.gradient_accumulation_steps
+    learning, accumulated = denoiser.learning(), args.gradient_accumulation_steps
 
     for step in run.steps():
         loss, names = torch.zeros((), device=run.device), []
@@ -168,8 +163,7 @@ def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> 
     plot_convergence({run.folder.name: run.history}, plot)
     print(f"wrote {result} and {plot}")
     if run.stopping:
-        options = [] if args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
-        print(f"stopped at step {run.step}; go on with: {shlex.join(['python', *sys.argv, *options])}")
+        print(f"stopped at step {run.step}; go on with: {run.command_to_go_on()}")
         return
     if args.validation_steps and run.step % args.validation_steps:
         held_out.preview(denoiser.controlnet, run.step)

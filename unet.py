@@ -5,30 +5,27 @@ prompt) [B, 77, D]. `python unet.py` prints the block table, computed from the m
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
+
+from support.block_table import print_block_table
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet, Stable Diffusion 1.5's by default. Each entry of `channel_mult` is a level, finest first.
-
-    In `attention_levels` a SpatialTransformer follows every ResBlock.
-    """
+    """Sizes of a UNet, Stable Diffusion 1.5's by default. Each entry of `channel_mult` is a level, finest first."""
 
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attention_levels: tuple[int, ...] = (0, 1, 2)
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # where a SpatialTransformer follows every ResBlock
     num_heads: int = 8
     context_dim: int = 768
     norm_groups: int = 32
@@ -162,13 +159,6 @@ class Block(nn.Module):
         return x
 
 
-class DownBlock(Block):
-    """An encoder block that only halves the resolution."""
-
-    def __init__(self, channels):
-        super().__init__(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-
-
 def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
     """block(*inputs); with checkpointing the backward pass recomputes its activations instead of storing them."""
     if checkpointing and torch.is_grad_enabled():
@@ -215,7 +205,7 @@ class UNet(nn.Module):
                 channels = mult * width
                 skip_channels.append(channels)
             if level < len(config.channel_mult) - 1:
-                self.encoder.append(DownBlock(channels))
+                self.encoder.append(Block(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
                 skip_channels.append(channels)
 
         self.middle = Block(resnet1=res(channels, channels), transformer=vit(channels), resnet2=res(channels, channels))
@@ -254,36 +244,6 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def block_table(unet: UNet, image_size: int = 512) -> list[tuple[str, str, int, int, int]]:
-    """A row for each block: name, layers, channels and resolution of its output, parameters; one forward pass."""
-    names = {block: name.replace(".", " ") for name, block in unet.named_modules()}
-    rows = []
-
-    def record(block, inputs, output):
-        if isinstance(block, Block):
-            layers = " + ".join("ResBlock" if "resnet" in name else name for name, _ in block.named_children())
-            parameters = sum(p.numel() for p in block.parameters())
-            rows.append((names[block], layers, output.shape[1], output.shape[3], parameters))
-
-    zeros, side = unet.conv_out.weight.new_zeros, image_size // 8
-    with torch.no_grad(), register_module_forward_hook(record):
-        unet(zeros(1, unet.config.in_channels, side, side), zeros(1).long(), zeros(1, 77, unet.config.context_dim))
-    return rows
-
-
 if __name__ == "__main__":
     with torch.device("meta"):  # shapes only: no memory, no arithmetic
-        unet = UNet()
-    rows = block_table(unet)
-    print(f"Stable Diffusion 1.5, one 512x512 image\n\n{'block':12}{'layers':36}channels  resolution    parameters")
-    for name, layers, channels, side, parameters in rows:
-        print(f"{name:12}{layers:36}{channels:8}{f'{side}x{side}':>12}{parameters:14,}")
-    total, count = sum(p.numel() for p in unet.parameters()), Counter(type(module) for module in unet.modules())
-    print(f"""{"all, with time embedding and output layers":68}{total:14,}
-
-Paper (Sec. 3.2): 25 blocks; 8 of them resample, each of the other 17 has 4 ResNet layers and 2 ViTs.
-This model: {len(rows)} blocks, {count[ResBlock]} ResBlocks, {count[SpatialTransformer]} transformers, \
-{count[DownBlock]} downsamplers, {count[Upsample]} upsamplers.
-
-The two do not agree. "4 ResNet layers and 2 ViTs" fits no block. It fits an encoder level, 2 x (ResBlock, transformer),
-if a ResBlock counts as two layers, one per convolution. And only the middle block has a transformer at 8x8.""")
+        print_block_table(UNet())

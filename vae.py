@@ -4,6 +4,7 @@ Latents here are unscaled: the factor 0.18215 belongs to StableDiffusion, not to
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ class VAEConfig:
     num_res_blocks: int = 2
     latent_channels: int = 4
     norm_groups: int = 32
+
+
+resnet = partial(ResBlock, eps=1e-6)  # the UNet's have 1e-5; without a time embedding here
 
 
 class SpatialAttention(nn.Module):
@@ -45,9 +49,9 @@ class Middle(nn.Module):
 
     def __init__(self, channels, norm_groups):
         super().__init__()
-        self.resnet1 = vae_resnet(channels, channels, norm_groups)
+        self.resnet1 = resnet(channels, channels, norm_groups=norm_groups)
         self.attention = SpatialAttention(channels, norm_groups)
-        self.resnet2 = vae_resnet(channels, channels, norm_groups)
+        self.resnet2 = resnet(channels, channels, norm_groups=norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnet2(self.attention(self.resnet1(x)))
@@ -70,17 +74,13 @@ class Level(nn.Module):
     def __init__(self, in_channels, out_channels, num_res_blocks, norm_groups, resample=None):
         super().__init__()
         self.resnets = nn.Sequential(
-            vae_resnet(in_channels, out_channels, norm_groups),
-            *(vae_resnet(out_channels, out_channels, norm_groups) for _ in range(num_res_blocks - 1)),
+            resnet(in_channels, out_channels, norm_groups=norm_groups),
+            *(resnet(out_channels, out_channels, norm_groups=norm_groups) for _ in range(num_res_blocks - 1)),
         )
         self.resample = resample(out_channels) if resample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(self.resnets(x))
-
-
-def vae_resnet(in_channels: int, out_channels: int, norm_groups: int) -> ResBlock:
-    return ResBlock(in_channels, out_channels, norm_groups=norm_groups, eps=1e-6)  # the UNet's have 1e-5
 
 
 class Encoder(nn.Module):
@@ -91,14 +91,12 @@ class Encoder(nn.Module):
         widths = [config.channels * mult for mult in config.channel_mult]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
-        channels = config.channels
-        for i, width in enumerate(widths):
+        for i, (finer_width, width) in enumerate(zip([config.channels, *widths], widths)):
             resample = Downsample if i < len(widths) - 1 else None
-            self.levels.append(Level(channels, width, config.num_res_blocks, config.norm_groups, resample))
-            channels = width
-        self.middle = Middle(channels, config.norm_groups)
-        self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+            self.levels.append(Level(finer_width, width, config.num_res_blocks, config.norm_groups, resample))
+        self.middle = Middle(widths[-1], config.norm_groups)
+        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -116,8 +114,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.middle = Middle(widths[-1], config.norm_groups)
         self.levels = nn.ModuleList()
-        for i, width in enumerate(widths):
-            coarser_width = widths[min(i + 1, len(widths) - 1)]
+        for i, (width, coarser_width) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             resample = Upsample if i > 0 else None
             self.levels.append(Level(coarser_width, width, config.num_res_blocks + 1, config.norm_groups, resample))
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)

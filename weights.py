@@ -19,7 +19,6 @@ from support.formats import Layout, Part, diffusers_layout, hint_channels, nest,
 from unet import UNet
 from vae import AutoencoderKL
 
-# ---------------------------------------------------------------------------------------------------------------
 # Names. A rule is (ours, official), {i} and {j} stand for numbers; a name's last part (weight, bias) is the same.
 
 RESNET = [
@@ -90,8 +89,8 @@ CLIP = [
     ("norm_out", "final_layer_norm"),
 ]
 
-# Official files hold more, which we leave out. Outside these prefixes: buffers computed from the noise schedule (betas,
-# alphas_cumprod, ...) and running averages of the weights (model_ema.*). Inside one: CLIP's position_ids, just 0 to 76.
+# Left out of official files, outside these prefixes: buffers that follow from the noise schedule (betas, ...) and
+# running averages of the weights (model_ema.*); inside one: CLIP's position_ids, just 0 to 76.
 TEXT = "cond_stage_model.transformer.text_model."
 OFFICIAL: dict[type[nn.Module], Layout] = {
     UNet: Layout("official", "base model", UNET, "model.diffusion_model."),
@@ -108,22 +107,16 @@ LITE = Layout("lite", "ControlNet", [], others=OTHERS)  # no other program knows
 
 def official_layout(module: nn.Module) -> dict[str, str]:
     """Our name -> the official one, for every tensor of a UNet, AutoencoderKL, CLIPTextModel or ControlNet."""
-    layout = layout_of(module)
-    return {name: layout.theirs(name) for name in module.state_dict()}
+    return {name: layout_of(module).theirs(name) for name in module.state_dict()}
 
 
 def official_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module under their full official names."""
-    state = module.state_dict()
-    return {theirs: state[ours] for ours, theirs in official_layout(module).items()}
+    return {layout_of(module).theirs(name): tensor for name, tensor in module.state_dict().items()}
 
 
 def layout_of(module: nn.Module) -> Layout:
     return LITE if isinstance(module, ControlNet) and module.lite else OFFICIAL[type(module)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
 
 
 def load(module: nn.Module, part: Part) -> None:
@@ -184,17 +177,10 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     return controlnet
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Saving
-
-
 def save_controlnet(
-    controlnet: ControlNet,
-    path: str | Path,
-    layout: str = "official",
-    metadata: dict[str, str] | None = None,
+    controlnet: ControlNet, path: str | Path, layout: str = "official", metadata: dict[str, str] | None = None,
     others: Mapping[str, Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a ControlNet for other programs.
 
     "official" is one .safetensors file, which A1111, ComfyUI and diffusers read. `others` are more tensors for it,

@@ -49,9 +49,7 @@ SIDE = 128  # pixels of the miniature's pictures
 
 
 def train(name: str, *options: str, steps: int = STEPS, encoded: str = "") -> Path:
-    """Train the run `name` unless it is complete; returns its ControlNet. `encoded` names a run on the same data,
-    whose cache of latents is used again.
-    """
+    """Train the run `name` unless it is complete; returns its ControlNet. `encoded` is a run with the same latents."""
     folder = ROOT / "runs" / name
     if encoded and not folder.exists():
         shutil.copytree(ROOT / "runs" / encoded / "cache", folder / "cache")
@@ -87,8 +85,8 @@ def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tenso
 
 def picture_of_the_jump(columns: int = 6) -> None:
     """docs/jump.png: held-out hints and their samples at JUMP_STEPS, cut from the previews of a run that has many."""
-    run = train("jump", "--validation-steps", "20", steps=max(JUMP_STEPS), encoded="ablation-zero-0")
-    previews = run.parent / "previews"
+    controlnet = train("jump", "--validation-steps", "20", steps=max(JUMP_STEPS), encoded="ablation-zero-0")
+    previews = controlnet.parent / "previews"
 
     def row(step: int, number: int) -> torch.Tensor:  # of the preview's hint, step 0, step N, target
         with Image.open(previews / f"step-{step}.png") as sheet:

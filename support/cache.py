@@ -17,6 +17,7 @@ from tqdm import tqdm
 from support.errors import UserError
 from support.files import save_json
 from support.listing import raise_for
+from support.options import warn_if_cut
 
 
 class CachedPairs(Dataset):
@@ -93,6 +94,7 @@ def cache_latents(sd, pairs, folder: Path, batch_size: int = 4, num_workers: int
     with contextlib.suppress(OSError, ValueError):  # none yet, or a broken one: encode
         if json.loads(key_file.read_text()) == key:
             return CachedPairs(pairs, folder)
+    warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
     prompts, broken = list(context_rows(pairs.prompts)), []
 
     def encoded_images() -> Iterator[Tensor]:

@@ -3,7 +3,9 @@
 import contextlib
 import math
 import os
+import shlex
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
@@ -205,6 +207,10 @@ class Run:
         limit = self.args.checkpoints_total_limit
         save_checkpoint(self.folder / "checkpoints", step, trained, optimizer, self.config, limit)
         return True
+
+    def command_to_go_on(self) -> str:
+        resuming = self.args.resume_from_checkpoint == "latest"
+        return shlex.join(["python", *sys.argv, *([] if resuming else ["--resume-from-checkpoint", "latest"])])
 
     def close(self) -> None:
         if self.log_file:

@@ -7,7 +7,8 @@ from torch import nn
 
 from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, encoder_channels, zero_conv
 from stable_diffusion import SD15, TINY
-from unet import ResBlock, SpatialTransformer, UNet, block_table
+from support.block_table import block_table
+from unet import ResBlock, SpatialTransformer, UNet
 from vae import AutoencoderKL
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import convergence
 from convergence import growth_step, hint_response, jump_step, plot_convergence
 from support.errors import UserError
+from tools import plot
 
 
 def test_hint_response():
@@ -74,13 +74,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         logs.append(tmp_path / name / "log.jsonl")
         logs[-1].write_text("".join(json.dumps(entry) + "\n" for entry in history(60, 20)))
-    monkeypatch.setattr(sys, "argv", ["convergence.py", *map(str, logs), "--output", str(tmp_path / "both.png")])
-    convergence.main()
+    monkeypatch.setattr(sys, "argv", ["plot", *map(str, logs), "--output", str(tmp_path / "both.png")])
+    plot.main()
     assert "both.png" in capsys.readouterr().out
     assert (tmp_path / "both.png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["convergence.py", str(tmp_path / "nowhere.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-        convergence.main()
+        plot.main()
 
 
 def test_plotting_logs_of_different_runs(tmp_path):

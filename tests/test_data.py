@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE
+from standin import SAMPLE
 
 from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from support.colours import COLOURS
@@ -158,13 +158,13 @@ def test_damaged_zip(tmp_path, monkeypatch):
 
 def test_command_line_writes_the_real_layout(tmp_path):
     folder = tmp_path / "drawn"
-    command = [sys.executable, ROOT / "data.py", "--count", "3", "--size", "64", "--output", folder]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, "-m", "tools.draw_pairs", "--count", "3", "--size", "64", "--output", folder]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     pairs, drawn = PairedImages(folder, 64), DrawnImages(3, 64)
     for i in range(3):
         assert pairs.prompts[i] == drawn.prompts[i]
         assert torch.equal(pairs.hint(i), drawn.hint(i))
         assert torch.equal(pairs.image(i), drawn.image(i))
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1

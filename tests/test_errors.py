@@ -189,10 +189,10 @@ MISTAKES = [
     ("tools.convert", "{}/lite.safetensors {}/out --layout diffusers", ["lite.safetensors", "ControlNet-lite"]),
     ("tools.convert", f"{TINY_FILE} {{}}/out --layout diffusers", ["a base model, not a ControlNet"]),
     ("tools.convert", "{}/lora.safetensors {}/out --layout diffusers", ["lora.safetensors", "LoRA"]),
-    ("data", "--count 0 --output {}/out", ["--count 0", "above 0"]),
-    ("data", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
-    ("data", "--output {}/json", ["json holds pairs already", "another --output"]),
-    ("convergence", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ("tools.draw_pairs", "--count 0 --output {}/out", ["--count 0", "above 0"]),
+    ("tools.draw_pairs", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
+    ("tools.draw_pairs", "--output {}/json", ["json holds pairs already", "another --output"]),
+    ("tools.plot", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
     ("tools.pretrain", "vea", ["'vea'", "vae"]),
 ]
 
@@ -223,7 +223,7 @@ def test_one_line(program, options, fragments, place, tmp_path, monkeypatch, cap
         ("train", "--base {}/objects.ckpt", ["objects.ckpt"]),
         ("train", "--data {}/cut --resolution 64", ["cut.png can't be read"]),
         ("sample", "--controlnet {}/nowhere.pth --hint {}/a.png", ["nowhere.pth"]),
-        ("data", "--output {}/json", ["json holds pairs already"]),
+        ("tools.draw_pairs", "--output {}/json", ["json holds pairs already"]),
         ("tools.convert", "{}/lora.safetensors {}/out --layout diffusers", ["LoRA"]),
     ],
 )

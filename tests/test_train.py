@@ -43,7 +43,7 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "previews" / "step-20.png").size == (60 + 8 * 64, 4 * 64 + 64)
     assert Image.open(tmp_path / "convergence.png").height > 500
     output = capsys.readouterr().out
-    assert "step 10: the hint sensitivity is growing" in output
+    assert "step 10: the hint sensitivity is growing: " in output
     assert "step 20: the jump: " in output
     assert f"IoU of samples and hints {log[20]['iou']:.2f}" in output
 

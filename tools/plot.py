@@ -1,0 +1,25 @@
+"""Plot the logs of trainings: python -m tools.plot runs/controlnet/log.jsonl --output convergence.png."""
+
+from pathlib import Path
+
+from convergence import plot_convergence
+from support.errors import UserError, run_command_line
+from support.log import read_log
+from support.options import ArgumentParser
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m tools.plot", description="Plot the logs of trainings.")
+    parser.add_argument("log", nargs="+", type=Path, help="log.jsonl of a run; several are drawn over each other")
+    parser.add_argument("--output", type=Path, default=Path("convergence.png"), help="default: convergence.png")
+    args = parser.parse_args()
+    missing = next((path for path in args.log if not path.is_file()), None)
+    if missing:
+        raise UserError(f"{missing}: no such file; pass a run's log.jsonl")
+    named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
+    plot_convergence({name: read_log(path) for name, path in named.items()}, args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_command_line(main)
