@@ -32,8 +32,8 @@ def byte_symbols() -> dict[int, str]:
 
 def split_words(text: str) -> list[str]:
     """Split into the words that BPE works on: special tokens, contractions, letters, single digits, the rest."""
-    kinds = {"L": "L", "N": "N"}  # Unicode's major categories: letters and numbers; marks count as the rest
-    classes = "".join(" " if c.isspace() else kinds.get(unicodedata.category(c)[0], "x") for c in text)
+    categories = (unicodedata.category(c)[0] for c in text)  # L for letters, N for numbers; marks count as the rest
+    classes = "".join(" " if c.isspace() else k if k in "LN" else "x" for c, k in zip(text, categories))
     special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)")
     run = re.compile(r"L+|N|x+")
     words, position = [], 0

@@ -44,8 +44,8 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: the signal shrinks from layer to layer, and the plateau before the
-        # sudden convergence is long. "he" (He et al. 2015) keeps the signal's size.
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" (He et al.
+        # 2015) shrinks it far less, and the plateau before the sudden convergence is shorter.
         if init == "he":
             for layer in layers[::2]:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -61,7 +61,7 @@ class ControlNet(nn.Module):
     def __init__(self, config: UNetConfig, time_embed, encoder, middle, hint_encoder):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # set True to trade time for memory in training
+        self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
         self.time_embed = time_embed  # None in a ControlNet-lite (ablations.py), which sees neither time nor prompt
         self.encoder, self.middle, self.hint_encoder = encoder, middle, hint_encoder
         widths = encoder_channels(config)
@@ -119,9 +119,9 @@ class ControlNet(nn.Module):
 class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
-    What learns and what is locked is decided here: the UNet is locked (Θ in equation 2), the ControlNet learns.
-    `trained` holds the modules that learn, by name; their weights stay float32. `bf16` computes in bfloat16, and
-    stores the locked part in it.
+    What learns and what is locked is decided here, and set in the two: the UNet is locked (Θ in equation 2), the
+    ControlNet learns. `trained` holds the modules that learn, by name; their weights stay float32. `bf16` computes in
+    bfloat16, and stores the locked part in it.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Denoiser(nn.Module):
             parts = ("decoder", "norm_out", "conv_out")
             self.trained |= {name: getattr(unet, name).requires_grad_(True) for name in parts}
         if only_mid_control:
-            # The other twelve connections stay zero convolutions. The released code leaves the skip connections out
-            # of the sum instead: the same result, but from a file that says nothing of it.
+            # The released code skips the other twelve residuals in the sum. Here their weights stay zero, so that any
+            # program that reads the file does the same.
             for conv in controlnet.zero_convs:
                 zero_weights(conv).requires_grad_(False)
         for name, part in unet.named_children():
@@ -144,8 +144,8 @@ class Denoiser(nn.Module):
                 part.bfloat16()
         controlnet.checkpointing = unet.checkpointing = checkpointing
 
-    def learning(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
         """z [B, 4, h, w], t int64 [B], context [B, 77, D], hint [B, 3, 8h, 8w] in [0, 1] -> ε [B, 4, h, w], float32."""
@@ -166,8 +166,8 @@ def control_weights(mode: str, strength: float = 1.0) -> list[float]:
     """A factor for each of the 13 residuals, in their order (shallow to deep, the middle last).
 
     "uniform" and "conditional": 1. "guess": 0.825^(12 - i), as released. "resolution": the paper's w_i = 64/h_i
-    (Sec. 3.4), at any size the latent's side over the feature's; the released code has no such formula, and for some
-    images the eightfold weight of the deepest level is too strong. Raises ValueError for other modes.
+    (Sec. 3.4), at any size the latent's side over the feature's; the released code has no such formula.
+    Raises ValueError for other modes.
     """
     weights = {
         "uniform": [1.0] * 13,

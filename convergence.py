@@ -41,9 +41,9 @@ def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float
 
 
 class HeldOut:
-    """Held-out pairs, with all that stays the same from one look at them to the next: noise, times, prompts.
+    """Held-out pairs, and all that stays fixed from one measurement to the next: noise, time steps, prompts.
 
-    To be made before the first step: the samples of step 0 are the base's own (equation 3). They are kept in
+    Make it before the first step: the samples of step 0 are the base's own (equation 3). They are kept in
     `folder`/step-0.png, and read from there when a run is resumed. With `previews` False nothing is ever sampled.
     """
 
@@ -55,11 +55,11 @@ class HeldOut:
         self.fix_response_inputs(sd)
         if previews:
             self.sd, self.scored = sd, is_circle_task(self.hints, self.prompts)
-            if not (first := folder / "step-0.png").exists():
+            if not (step_0_file := folder / "step-0.png").exists():
                 save_picture(to_picture(self.hints[0] * 2 - 1), folder / "hint.png")
-                save_picture(side_by_side([to_picture(image) for image in self.sample()]), first)
-            self.before = read_strip(first, len(pairs))
-            self.base_scores = {f"base_{name}": score for name, score in self.scores(self.before).items()}
+                save_picture(side_by_side([to_picture(image) for image in self.sample()]), step_0_file)
+            self.step_0 = read_strip(step_0_file, len(pairs))
+            self.base_scores = {f"base_{name}": score for name, score in self.scores(self.step_0).items()}
 
     def fix_response_inputs(self, sd: StableDiffusion) -> None:
         """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and the next pair's hint for it."""
@@ -102,7 +102,7 @@ class HeldOut:
     def preview(self, controlnet: ControlNet, step: int) -> dict[str, float]:
         """Write previews/step-N.png; returns the scores, the base's beside them."""
         images = self.sample(controlnet)
-        rows = {"hint": self.hints * 2 - 1, "step 0": self.before, f"step {step}": images, "target": self.targets}
+        rows = {"hint": self.hints * 2 - 1, "step 0": self.step_0, f"step {step}": images, "target": self.targets}
         sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, self.prompts[:PREVIEWED])
         save_picture(sheet, self.folder / f"step-{step}.png")
         return self.scores(images) | self.base_scores
@@ -131,7 +131,7 @@ def jump_step(history: list[dict]) -> int | None:
 
 def news(history: list[dict]) -> list[str]:
     """What the last entry of a log tells the user, a line each."""
-    entry, lines = history[-1], []
+    entry, lines = history[-1] if history else {}, []
     if "hint_sensitivity" in entry and growth_step(history) == entry["step"]:
         lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
     if "hint_gap" in entry and jump_step(history) == entry["step"]:

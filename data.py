@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from support.colours import COLOURS
 from support.files import fingerprint
 from support.hub import fetch_folder
-from support.listing import check_shapes, read_listing
+from support.listing import open_pair, read_listing
 from support.pictures import fit_image, open_image
 
 DRAWN_PAIRS = 2000  # of --data drawn
@@ -33,7 +33,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)) -> Scene:
-    """One random (hint, target, prompt) of `size` x `size` pixels, distributed as measured on the real fill50k.
+    """One random scene of `size` x `size` pixels, in the ranges measured on 48 pictures of the real fill50k.
 
     Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border; the hint is a pure 0/255 outline
     about 1 % of the side wide, the target the filled shape on a background of another CSS colour.
@@ -65,7 +65,7 @@ class Pairs(Dataset):
     """Pairs of hint and target by index, squares of `resolution` pixels, with their `prompts`.
 
     A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;
-    and `content(index)`, a text that changes when the target does and is the same on another machine.
+    and `content(index)`, a text that changes when they do and is the same on another machine.
     """
 
     def hint(self, index: int) -> Tensor:
@@ -97,9 +97,7 @@ class PairedImages(Pairs):
         return some
 
     def pictures(self, index: int) -> tuple[Image.Image, Image.Image]:
-        hint, target = open_image(self.hints[index]), open_image(self.targets[index])
-        check_shapes(hint, target)
-        return hint, target
+        return open_pair(self.places[index], self.hints[index], self.targets[index])
 
     def hint(self, index: int) -> Tensor:  # without its target, which is encoded once and not read again
         return fit_image(open_image(self.hints[index]), self.resolution)
@@ -108,7 +106,7 @@ class PairedImages(Pairs):
         return self.places[index]
 
     def content(self, index: int) -> str:
-        return fingerprint(self.targets[index])
+        return f"{fingerprint(self.hints[index])} {fingerprint(self.targets[index])}"
 
 
 class DrawnImages(Pairs):
@@ -116,7 +114,7 @@ class DrawnImages(Pairs):
 
     def __init__(self, count: int, resolution: int, seed: int = 0):
         self.resolution, self.seed = resolution, seed
-        # A scene is the same at any size, and the smallest picture is drawn soonest.
+        # A scene is the same at any size, and the smallest picture is the fastest to draw.
         self.prompts = [draw_fill50k(i, 1, seed)[2] for i in range(count)]
 
     def pictures(self, index: int) -> tuple[Image.Image, Image.Image]:
@@ -133,7 +131,7 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
     """The pairs to train on, and `held_out` others that are never trained on, but at most a tenth of a folder's.
 
     `source` is "drawn", "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB) or a folder.
-    A folder of fewer than ten pairs has none to spare: the others are then among the first. Raises UserError.
+    A folder of fewer than ten pairs has none to spare; its first pairs then serve as both. Raises UserError.
     """
     if source == "drawn":
         return DrawnImages(DRAWN_PAIRS, resolution, seed), DrawnImages(held_out, resolution, DRAWN_HELD_OUT)

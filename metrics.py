@@ -20,12 +20,12 @@ def circle_distance(hint: Tensor) -> Tensor:
     clips is found whole. Raises ValueError when they lie on no circle.
     """
     ring = hint.mean(dim=0).double()
-    y, x = (torch.nonzero(ring > 0.3).T + 0.5).double()
-    weight = ring[ring > 0.3].sqrt()[:, None]
-    rows = torch.stack([2 * x, 2 * y, torch.ones_like(x)], dim=1)
-    if len(x) < 8:
+    bright = ring > 0.3  # a real ring, 5 pixels wide at 512, is partly grey at 128
+    y, x = (torch.nonzero(bright).T + 0.5).double()
+    if len(x) < 8:  # too few for the fit to mean anything
         raise ValueError("the hint shows no circle")
-    a, b, c = torch.linalg.lstsq(weight * rows, weight * (x**2 + y**2)[:, None]).solution[:, 0]
+    weight, design = ring[bright].sqrt()[:, None], torch.stack([2 * x, 2 * y, torch.ones_like(x)], dim=1)
+    a, b, c = torch.linalg.lstsq(weight * design, weight * (x**2 + y**2)[:, None]).solution[:, 0]
     radius = (c + a**2 + b**2).clamp(min=0).sqrt()
     if not (torch.hypot(x - a, y - b) - radius).abs().max() <= max(2, 0.02 * hint.shape[-1]):
         raise ValueError("the hint shows no circle")
@@ -34,10 +34,7 @@ def circle_distance(hint: Tensor) -> Tensor:
 
 
 def prompt_colours(prompt: str) -> Tensor:
-    """What a prompt of fill50k names: [2, 3] in [0, 1], the disc's colour and the background's.
-
-    Raises ValueError for another kind of prompt.
-    """
+    """The colours of disc and background that a fill50k prompt names: [2, 3] in [0, 1]. Raises ValueError if none."""
     names = re.fullmatch(rf"(.+) (?:{'|'.join(SHAPES)}) with (.+) background", prompt.strip())
     if not names:
         raise ValueError(f"no colours in {prompt!r}")

@@ -11,11 +11,11 @@ from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device
-from support.errors import UserError, run_command_line
+from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
 from support.hub import locate
 from support.pictures import fit_image, open_image, save_picture, side_by_side, to_picture
-from support.randomness import DDIM, generator_for
+from support.randomness import DDIM_NOISE, generator_for
 from weights import load_controlnet, load_official, official_state_dict
 
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
@@ -61,6 +61,8 @@ def generate(
         return [torch.cat([r.new_zeros(skipped, *r.shape[1:]), r]) for r in add_residuals(*lists)]
 
     bar = tqdm(total=steps, desc="sampling", disable=not progress)
+    # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
+    bfloat16 = device.type == "cuda" or sd.unet.encoder[0].conv.weight.dtype == torch.bfloat16
 
     def eps_fn(z: Tensor, t: Tensor) -> Tensor:
         if guided:
@@ -70,9 +72,7 @@ def generate(
         bar.update()
         return guided_noise(*eps.chunk(2), guidance_scale) if guided else eps
 
-    # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
-    bfloat16 = device.type == "cuda" or sd.unet.encoder[0].conv.weight.dtype == torch.bfloat16
-    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM))
+    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE))
     bar.close()
     return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
 
@@ -129,7 +129,7 @@ def main() -> None:
     sizes = {tuple(hint.shape[1:]) for hint in hints}
     if len(sizes) > 1:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
-    options.warn_if_cut(sd.tokenizer, {"--prompt": args.prompt, "--negative-prompt": args.negative_prompt})
+    warn_if_cut(sd.tokenizer, {"--prompt": args.prompt, "--negative-prompt": args.negative_prompt})
     make_folder(args.output.absolute().parent)
 
     strengths = (args.strength * len(paths))[: len(paths)] or [1.0] * len(paths)

@@ -23,7 +23,6 @@ SOURCES = {"tiny": TINY_FILE, "sd15": f"{SD15_REPO}:v1-5-pruned-emaonly.safetens
 class Preset:
     """The sizes of a Stable Diffusion, and the defaults for training and sampling with it."""
 
-    name: str
     unet: UNetConfig
     vae: VAEConfig
     text: CLIPTextConfig
@@ -36,7 +35,7 @@ class Preset:
     learning_rate: float
     max_train_steps: int
     validation_steps: int
-    response_steps: int  # between measurements of hint sensitivity and gap, which take 5 % of the time at most
+    response_steps: int  # between measurements of hint sensitivity and gap
     mixed_precision: str
     sampling_steps: int
     guidance_scale: float
@@ -44,13 +43,12 @@ class Preset:
 
 
 SD15 = Preset(
-    name="sd15", unet=UNetConfig(), vae=VAEConfig(), text=CLIPTextConfig(), latent_scale=0.18215,
+    unet=UNetConfig(), vae=VAEConfig(), text=CLIPTextConfig(), latent_scale=0.18215,
     hint_channels=(16, 32, 96, 256), hint_init="default", data="fill50k", resolution=512, train_batch_size=4,
     learning_rate=1e-5, max_train_steps=10_000, validation_steps=500, response_steps=50, mixed_precision="bf16",
     sampling_steps=20, guidance_scale=9.0, license="CreativeML OpenRAIL-M",
 )  # fmt: skip
 TINY = Preset(
-    name="tiny",
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), num_heads=4, context_dim=64, norm_groups=8),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 2), norm_groups=8),
     text=CLIPTextConfig(vocab_size=866, width=64, mlp_width=256, num_layers=2, num_heads=4), latent_scale=0.50042,

@@ -1,20 +1,20 @@
 """Train a ControlNet: load a base, lock it, copy its encoder, and minimise equation (5). One flat loop.
 
 `python train.py` runs on the miniature that ships here, with nothing to download; `python train.py --base sd15` is
-the paper's experiment on fill50k, on one 24 GB card.
+the paper's experiment on fill50k, meant for one 24 GB card.
 """
 
 import json
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 
 from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, news, plot_convergence
@@ -22,11 +22,11 @@ from data import open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, TINY, StableDiffusion
 from support import options
-from support.cache import cache_latents
+from support.cache import CachedPairs, cache_latents
 from support.devices import place
 from support.errors import UserError, run_command_line
 from support.randomness import NOISE, generator_for
-from support.run import Batch, Run
+from support.run import Run
 from vae import sample_latent
 from weights import official_layout, save_controlnet
 
@@ -49,7 +49,7 @@ def parse_arguments() -> Namespace:
     add("--seed", type=options.count_or_zero, default=0)
     add("--mixed-precision", choices=("no", "bf16"), help=both("mixed_precision"))
     add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, about a third more time")
-    add("--compile", action="store_true", decides=False, help="torch.compile: slow to start, then faster on a GPU")
+    add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
     add("--checkpointing-steps", type=whole, default=500, decides=False, help="default: 500, and always at the end")
     add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
@@ -76,47 +76,53 @@ def parse_arguments() -> Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    sd = StableDiffusion.load(args.base)
-    unet, latent_scale = sd.unet, sd.latent_scale
-    args = options.with_defaults(args, sd.preset)
     run = Run(args)
-    sd.to(run.device)
-    with run.one_process_first():
-        pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-        cached = cache_latents(sd, pairs, run.folder / "cache", args.train_batch_size, args.num_workers)
-    previews = run.folder / "previews"
-    held_out = HeldOut(sd, held_out_pairs, args.seed, previews, args.validation_steps > 0) if run.writes else None
-    del sd  # all is encoded: unless previews are sampled, nobody needs VAE and text encoder any more
-
-    torch.manual_seed(args.seed)  # for the hint encoder's weights
-    controlnet = ControlNet.from_unet(unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
-    denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
-        unet, controlnet, bf16=args.mixed_precision == "bf16", unlock_decoder=args.unlock_decoder,
-        only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
-    place(denoiser, run.device)
-    optimizer = torch.optim.AdamW(denoiser.learning(), lr=args.learning_rate, fused=True)
-    run.resume(denoiser.trained, optimizer)
-    train(args, run, denoiser, optimizer, run.batches(cached), cached.empty_context, latent_scale, held_out)
+    args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
+    train(args, run, denoiser, optimizer, cached, latent_scale, held_out)
     run.close()
     if run.writes:
         finish(args, run, denoiser, held_out)
 
 
+def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, CachedPairs, float, HeldOut | None]:
+    """Load the base, encode the pairs, make the ControlNet. VAE and text encoder stay only in `held_out`, to sample."""
+    sd = StableDiffusion.load(args.base)
+    args = options.with_defaults(args, sd.preset)
+    run.begin(args)
+    sd.to(run.device)
+    with run.one_process_first():
+        pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
+        cached = cache_latents(sd, pairs, held_out_pairs, run.folder / "cache", args.train_batch_size, args.num_workers)
+
+    torch.manual_seed(args.seed)  # for the hint encoder's weights
+    controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
+    denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
+        sd.unet, controlnet, bf16=args.mixed_precision == "bf16", unlock_decoder=args.unlock_decoder,
+        only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+    place(denoiser, run.device)
+    previews = run.folder / "previews"
+    held_out = HeldOut(sd, held_out_pairs, args.seed, previews, args.validation_steps > 0) if run.writes else None
+    optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=args.learning_rate, fused=True)
+    run.resume(denoiser.trained, optimizer)
+    return args, denoiser, optimizer, cached, sd.latent_scale, held_out
+
+
 def train(
-    args: Namespace, run: Run, denoiser: Denoiser, optimizer: torch.optim.Optimizer, batches: Iterator[Batch],
-    empty_prompt: Tensor, latent_scale: float, held_out: HeldOut | None,
+    args: Namespace, run: Run, denoiser: Denoiser, optimizer: Optimizer, cached: CachedPairs, latent_scale: float,
+    held_out: HeldOut | None,
 ) -> None:  # fmt: skip
     """The loop: equation (5), from the step after run.start to --max-train-steps, or until a signal ends it."""
-    model, schedule, empty_prompt = run.distribute(denoiser), NoiseSchedule(), empty_prompt.to(run.device)
-    learning, accumulated = denoiser.learning(), args.gradient_accumulation_steps
+    model, schedule, batches = run.distribute(denoiser), NoiseSchedule(), run.batches(cached)
+    learning, empty_prompt = denoiser.trainable_parameters(), cached.empty_context.to(run.device)
+    batches_per_step = args.gradient_accumulation_steps
 
     for step in run.steps():
         loss, names = torch.zeros((), device=run.device), []
-        for i in range(accumulated):
+        for i in range(batches_per_step):
             batch = next(batches)
             generator, shape = generator_for(args.seed, NOISE, batch.number), (batch.size, *batch.latent_shape)
-            noise, eps = (run.share(torch.randn(shape, generator=generator)) for _ in range(2))
+            noise, eps = (run.share(torch.randn(shape, generator=generator)) for _ in range(2))  # VAE's, diffusion's
             t = run.share(torch.randint(schedule.steps, shape[:1], generator=generator))
             dropped = run.share(torch.rand(shape[:1], generator=generator)) < args.proportion_empty_prompts
 
@@ -124,8 +130,8 @@ def train(
             z_t = schedule.add_noise(z0, eps, t)
             # Without a prompt the copy has to read the meaning in the hint itself (Sec. 3.3).
             context = torch.where(dropped[:, None, None], empty_prompt, batch.context)
-            with run.accumulating(model, last=i + 1 == accumulated):
-                batch_loss = F.mse_loss(model(z_t, t, context, batch.hint), eps) / accumulated  # equation (5)
+            with run.accumulating(model, last=i + 1 == batches_per_step):
+                batch_loss = F.mse_loss(model(z_t, t, context, batch.hint), eps) / batches_per_step  # equation (5)
                 batch_loss.backward()
             loss += batch_loss.detach()
             names += batch.names
@@ -141,28 +147,31 @@ def train(
             entry |= held_out.preview(denoiser.controlnet, step)
         run.log(entry)
         run.say(*news(run.history))
-        if run.save(step, denoiser.trained, optimizer):
+        if run.due_to_save(step):
+            run.save(denoiser.trained, optimizer)
             export(args, run, denoiser)
 
 
 def export(args: Namespace, run: Run, denoiser: Denoiser) -> None:
     """Write controlnet.safetensors, for sample.py and other programs; a decoder that was trained goes along."""
-    metadata = {"base": args.base, "steps": str(run.step), "config": json.dumps(run.config)}
-    metadata["license"], decoder = args.preset.license, {}
+    config, path = json.dumps(run.config), run.folder / "controlnet.safetensors"
+    metadata = {"base": args.base, "steps": str(run.step), "config": config, "license": args.preset.license}
+    decoder = {}
     if args.unlock_decoder:
         metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
         names, tensors = official_layout(denoiser.unet), denoiser.unet.state_dict()
         decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    save_controlnet(denoiser.controlnet, run.folder / "controlnet.safetensors", metadata=metadata, others=decoder)
+    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder)
 
 
 def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> None:
     """Write what is left of the run's files, and say what to do next."""
     result, plot = run.folder / "controlnet.safetensors", run.folder / "convergence.png"
-    export(args, run, denoiser)  # again: the run may have been killed between its last checkpoint and this file
+    if run.step == run.start:  # nothing was left to do, but maybe the run was killed between checkpoint and this file
+        export(args, run, denoiser)
     plot_convergence({run.folder.name: run.history}, plot)
     print(f"wrote {result} and {plot}")
-    if run.stopping:
+    if run.stopping and run.step < args.max_train_steps:
         print(f"stopped at step {run.step}; go on with: {run.command_to_go_on()}")
         return
     if args.validation_steps and run.step % args.validation_steps:

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support.block_table import print_block_table
-
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -185,7 +183,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True saves memory in training and takes more time
+        self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
         width, heads, groups = config.model_channels, config.num_heads, config.norm_groups
         res = partial(ResBlock, time_channels=4 * width, norm_groups=groups)
         vit = partial(SpatialTransformer, num_heads=heads, context_dim=config.context_dim, norm_groups=groups)
@@ -245,5 +243,7 @@ class UNet(nn.Module):
 
 
 if __name__ == "__main__":
+    from support.block_table import print_block_table
+
     with torch.device("meta"):  # shapes only: no memory, no arithmetic
         print_block_table(UNet())

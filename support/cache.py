@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import UserError, warn_if_cut
 from support.files import save_json
-from support.listing import raise_for
-from support.options import warn_if_cut
+from support.listing import refuse_broken
 
 
 class CachedPairs(Dataset):
@@ -60,6 +59,7 @@ def cache_key(sd, pairs) -> dict:
     tensors = (tensor for module in encoders for tensor in module.state_dict().values())
     listed = [[prompt, pairs.content(i)] for i, prompt in enumerate(pairs.prompts)]
     return {
+        "tokens": digest(json.dumps(sd.tokenizer.tokens).encode()),
         "encoders": digest(*(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)),
         "pairs": digest(json.dumps(listed).encode()),
         "resolution": pairs.resolution,
@@ -79,18 +79,21 @@ class Targets(Dataset):
         try:
             return self.pairs.image(index)
         except UserError as error:
-            return f"{self.pairs.name(index)}: {error}"
+            return str(error)
 
 
 @torch.no_grad()
-def cache_latents(sd, pairs, folder: Path, batch_size: int = 4, num_workers: int = 0) -> CachedPairs:
+def cache_latents(sd, pairs, held_out, folder: Path, batch_size: int = 4, num_workers: int = 0) -> CachedPairs:
     """Encode all targets and prompts into `folder`, unless what is there belongs to the same base and pairs.
 
     Keeps the latent distributions (moments), not samples of them, in half precision; every step then samples afresh,
-    as the released code does. Every picture is opened on the way. Raises UserError that shows the broken pairs, or
-    when the disk is too small.
+    as the released code does. Every picture is opened on the way, the held-out ones too. Raises UserError that shows
+    the broken pairs, or when the disk is too small.
     """
-    key, key_file = cache_key(sd, pairs), folder / "key.json"
+    try:
+        key, key_file = cache_key(sd, pairs), folder / "key.json"
+    except OSError as error:
+        raise UserError(f"a picture can't be read ({error}): correct or remove its pair") from None
     with contextlib.suppress(OSError, ValueError):  # none yet, or a broken one: encode
         if json.loads(key_file.read_text()) == key:
             return CachedPairs(pairs, folder)
@@ -104,6 +107,8 @@ def cache_latents(sd, pairs, folder: Path, batch_size: int = 4, num_workers: int
             if not broken:  # else the rest is only looked at
                 with torch.autocast(sd.device.type, torch.bfloat16, enabled=sd.device.type == "cuda"):
                     yield sd.vae.encode(torch.stack(batch).to(sd.device))
+        checked = Targets(held_out)
+        broken.extend(item for item in (checked[i] for i in range(len(checked))) if isinstance(item, str))
 
     def encoded_prompts() -> Iterator[Tensor]:
         for first in tqdm(range(0, len(prompts), batch_size), desc="encoding prompts", unit="batch"):
@@ -114,7 +119,8 @@ def cache_latents(sd, pairs, folder: Path, batch_size: int = 4, num_workers: int
         write_rows(folder / "moments.npy", len(pairs), encoded_images())
         if broken:
             shutil.rmtree(folder, ignore_errors=True)
-            raise_for(broken, len(pairs), "the listing")
+            names = {some.name(i) for some in (pairs, held_out) for i in range(len(some))}
+            refuse_broken(list(dict.fromkeys(broken)), len(names), "the pairs")  # few pairs are in both
         write_rows(folder / "contexts.npy", len(prompts), encoded_prompts())
         save_json(key, key_file)  # last: rows without it are encoded again
     except OSError as error:

@@ -78,7 +78,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
 def check_config(path: Path, config: dict) -> int:
     """The step that a config.json is of, 0 without one. Raises UserError if options that decide the result changed."""
     saved = read_json(path)
-    changed = [name for name in config if name != "max_train_steps" and saved.get(name) != config[name]]
+    changed = [k for k, value in config.items() if k in saved and k != "max_train_steps" and saved[k] != value]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")

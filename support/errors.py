@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -39,5 +40,15 @@ def run_command_line(main: Callable[[], None], less_memory: str = "closing other
 
 def fail(*lines: str) -> NoReturn:
     for line in lines:
-        print("error:", " ".join(line.split()), file=sys.stderr)
+        tqdm.write(f"error: {' '.join(line.split())}", file=sys.stderr)  # on a line of its own, below no progress bar
     sys.exit(2)
+
+
+def warn_if_cut(tokenizer, prompts: dict[str, str]) -> None:
+    """Say which of the prompts, by name, do not fit into the text encoder, and where the first one is cut."""
+    cut = [(name, rest) for name, prompt in prompts.items() if (rest := tokenizer.cut(prompt))]
+    if cut:
+        name, rest = cut[0]
+        print(
+            f"warning: {len(cut)} of {len(prompts)} prompts are too long; {name} is cut from: {rest}", file=sys.stderr
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from support.errors import UserError
+from support.pictures import open_image
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and the one of Hugging Face's folders of images.
 LAYOUTS = {
@@ -33,7 +34,7 @@ def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[st
                 entries.append((place, *read_entry(line, root, *LAYOUTS[listing.name])))
             except UserError as error:
                 broken.append(f"{place}: {error}")
-    raise_for(broken, len(entries) + len(broken), listing)
+    refuse_broken(broken, len(entries) + len(broken), listing)
     if not entries:
         raise UserError(f"{listing} has no pairs: add one line a pair")
     places, hints, targets, prompts = map(list, zip(*entries))
@@ -55,14 +56,18 @@ def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple[Path, 
         values.append(entry[key])
     *pictures, prompt = values
     for name in pictures:
-        if "\0" in name or not (root / name).resolve().is_relative_to(root.resolve()):
+        try:
+            inside, there = (root / name).resolve().is_relative_to(root.resolve()), (root / name).is_file()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name!r} is no path ({error}); correct it") from None
+        if not inside:
             raise UserError(f"{name!r} lies outside the folder; move the picture into it")
-        if not (root / name).is_file():
+        if not there:
             raise UserError(f"{root / name}: no such file; correct the path")
     return root / pictures[0], root / pictures[1], prompt
 
 
-def raise_for(broken: list[str], count: int, listing: str | Path) -> None:
+def refuse_broken(broken: list[str], count: int, listing: str | Path) -> None:
     """Raise UserError if any of `count` entries is broken."""
     if len(broken) == 1:
         raise UserError(broken[0])
@@ -71,11 +76,17 @@ def raise_for(broken: list[str], count: int, listing: str | Path) -> None:
                         details=broken[:BROKEN_SHOWN])  # fmt: skip
 
 
-def check_shapes(hint: Image.Image, target: Image.Image) -> None:
-    """Raise UserError unless hint and target have the same proportions; their sizes may differ."""
+def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Image, Image.Image]:
+    """Hint and target, which have the same proportions; their sizes may differ. Raises UserError that names `place`."""
+    try:
+        hint, target = open_image(hint_path), open_image(target_path)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     (width, height), (target_width, target_height) = hint.size, target.size
     if abs(width * target_height - height * target_width) > 0.01 * width * target_height:
-        raise UserError(f"hint is {width}x{height}, target {target_width}x{target_height}; crop them alike")
+        sizes = f"{width}x{height}, target {target_path.name} {target_width}x{target_height}"
+        raise UserError(f"{place}: hint {hint_path.name} is {sizes}; crop them alike")
+    return hint, target
 
 
 def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, str]]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable
 
 from support.errors import UserError
@@ -31,15 +30,6 @@ def with_defaults(args: argparse.Namespace, preset) -> argparse.Namespace:
     """The arguments, those that were not given as the base's preset has them; the preset itself as `preset`."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(preset=preset, **{name: getattr(preset, name, None) for name in vars(args)} | given)
-
-
-def warn_if_cut(tokenizer, prompts: dict[str, str]) -> None:
-    """Say which of the prompts, by name, do not fit into the text encoder, and where the first one is cut."""
-    cut = {name: rest for name, prompt in prompts.items() if (rest := tokenizer.cut(prompt))}
-    for name, rest in list(cut.items())[:1]:
-        print(
-            f"warning: {len(cut)} of {len(prompts)} prompts are too long; {name} is cut from: {rest}", file=sys.stderr
-        )
 
 
 # Types of command-line options.

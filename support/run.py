@@ -53,22 +53,19 @@ class Run:
     """
 
     def __init__(self, args: Namespace):
-        self.args, self.folder = args, args.output_dir
+        self.folder = args.output_dir
         if not args.resume_from_checkpoint and any((self.folder / name).exists() for name in WHAT_A_RUN_LEAVES):
             raise UserError(f"{self.folder} holds a run already: add --resume-from-checkpoint latest, or choose "
                             "another --output-dir")  # fmt: skip
+        self.checkpoint, self.start = None, 0
+        if args.resume_from_checkpoint:
+            self.checkpoint = find_checkpoint(self.folder / "checkpoints", args.resume_from_checkpoint)
         self.device = choose_device(args.device)
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.writes = self.rank == 0
         if self.processes > 1:
             self.join_processes()
-        self.config = {name: getattr(args, name) for name in args.deciding}
-        self.config["train_batch_size"] *= self.processes
-        self.checkpoint, self.start = None, 0
-        if args.resume_from_checkpoint:
-            self.find_start()
-        self.step, self.history = self.start, []
-        self.log_file, self.bar, self.shown = None, None, {}
+        self.log_book, self.history, self.bar, self.shown = None, [], None, {}
         self.signals, self.stopping = [], False
 
     def join_processes(self) -> None:
@@ -78,16 +75,27 @@ class Run:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one encodes
 
-    def find_start(self) -> None:
-        args = self.args
-        self.checkpoint = find_checkpoint(self.folder / "checkpoints", args.resume_from_checkpoint)
-        self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config)
-        if self.start > args.max_train_steps:
-            raise UserError(f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more steps")
-        if self.checkpoint:
-            self.say(f"resuming from {self.checkpoint}")
-        else:
-            self.say(f"{self.folder} has no checkpoint yet: starting at step 0")
+    def begin(self, args: Namespace) -> None:
+        """Take the options, now that the base has filled them in, and find the step to go on from.
+
+        Raises UserError when a run is resumed with options that change its result.
+        """
+        self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
+        self.config["train_batch_size"] *= self.processes
+        if args.resume_from_checkpoint:
+            self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config)
+            if self.start > args.max_train_steps:
+                raise UserError(
+                    f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more steps"
+                )
+            none = f"{self.folder} has no checkpoint yet: starting at step 0"
+            self.say(f"resuming from {self.checkpoint}" if self.checkpoint else none)
+        self.step = self.start
+        if self.writes:  # previews of steps that are done again: of a run that was resumed, or died before its first
+            for path in self.folder.glob("previews/step-*.png"):
+                step = int(path.stem.removeprefix("step-"))
+                if step > self.start or step == self.start == 0:
+                    path.unlink()
 
     def say(self, *lines: str) -> None:
         for line in lines if self.writes else ():
@@ -110,8 +118,8 @@ class Run:
             load_checkpoint(self.checkpoint, trained, optimizer)
         if self.writes:
             save_json(self.config, self.folder / "config.json")
-            self.log_file = Log(self.folder, self.start, self.args.report_to == "tensorboard")
-            self.history = self.log_file.history
+            self.log_book = Log(self.folder, self.start, self.args.report_to == "tensorboard")
+            self.history = self.log_book.history
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: compiled if asked for, its gradients averaged over the processes."""
@@ -193,27 +201,31 @@ class Run:
         """Write a finished step to the log; `history` are the entries of all steps so far."""
         self.step = entry["step"]
         if self.writes:
-            self.log_file.write(entry)
+            self.log_book.write(entry)
             formats = {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}
             self.shown |= {name: format(entry[name], form) for name, form in formats.items() if name in entry}
-            self.bar.set_postfix(self.shown)
+            self.bar.set_postfix(self.shown, refresh=False)
 
-    def save(self, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> bool:
-        """Write a checkpoint when it is time to, at the end or when a signal came; returns whether it did."""
+    def due_to_save(self, step: int) -> bool:
+        """Whether this process has to save now: every --checkpointing-steps, at the end, and when a signal came.
+
+        Every process calls this once a step: here they agree whether to stop, whichever of them got the signal.
+        """
         self.stopping = self.mean(torch.tensor(float(len(self.signals)), device=self.device)) > 0
-        ends = self.stopping or step == self.args.max_train_steps
-        if not (self.writes and ends) and not self.due(step, self.args.checkpointing_steps):
-            return False
+        last = self.stopping or step == self.args.max_train_steps
+        return (self.writes and last) or self.due(step, self.args.checkpointing_steps)
+
+    def save(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint of the last logged step."""
         limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.folder / "checkpoints", step, trained, optimizer, self.config, limit)
-        return True
+        save_checkpoint(self.folder / "checkpoints", self.step, trained, optimizer, self.config, limit)
 
     def command_to_go_on(self) -> str:
         resuming = self.args.resume_from_checkpoint == "latest"
         return shlex.join(["python", *sys.argv, *([] if resuming else ["--resume-from-checkpoint", "latest"])])
 
     def close(self) -> None:
-        if self.log_file:
-            self.log_file.close()
+        if self.log_book:
+            self.log_book.close()
         if self.processes > 1:
             distributed.destroy_process_group()

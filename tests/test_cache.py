@@ -3,13 +3,16 @@
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from standin import SAMPLE
 
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
 from support.cache import cache_latents
+from support.files import ENDS, fingerprint
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def sd(monkeypatch):
 @torch.no_grad()
 def test_what_is_kept(sd, tmp_path):
     pairs = DrawnImages(5, 64)
-    cached = cache_latents(sd, pairs, tmp_path / "cache", batch_size=2)
+    cached = cache_latents(sd, pairs, [], tmp_path / "cache", batch_size=2)
     assert sd.encoded == [2, 2, 1]
     for i in range(5):
         index, hint, moments, context = cached[i]
@@ -40,7 +43,7 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
 
     def times_encoded(resolution=64) -> int:
         sd.encoded.clear()
-        cache_latents(sd, PairedImages(tmp_path / "data", resolution), tmp_path / "cache", batch_size=4)
+        cache_latents(sd, PairedImages(tmp_path / "data", resolution), [], tmp_path / "cache", batch_size=4)
         return len(sd.encoded)
 
     assert [times_encoded(), times_encoded()] == [1, 0]
@@ -52,6 +55,8 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
     assert [times_encoded(), times_encoded()] == [1, 0]
     shutil.copy(tmp_path / "data" / "target" / "1.png", tmp_path / "data" / "target" / "0.png")
     assert [times_encoded(), times_encoded()] == [1, 0]
+    shutil.copy(tmp_path / "data" / "source" / "1.png", tmp_path / "data" / "source" / "0.png")
+    assert [times_encoded(), times_encoded()] == [1, 0]  # whether the new hint has its target's shape has to be seen
     listing = tmp_path / "data" / "prompt.json"
     listing.write_text(listing.read_text().replace("coral circle", "red circle"))
     assert [times_encoded(), times_encoded()] == [1, 0]
@@ -63,6 +68,21 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
 
 def test_pairs_travel_to_other_processes(sd, tmp_path):
     """The encoded rows are mapped where they are needed, not sent along."""
-    cached = cache_latents(sd, DrawnImages(64, 64), tmp_path / "cache", batch_size=32)
+    cached = cache_latents(sd, DrawnImages(64, 64), [], tmp_path / "cache", batch_size=32)
     assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 200_000
     assert len(pickle.dumps(cached)) < 50_000
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.png", "a.jpg"])
+def test_a_fingerprint_sees_a_changed_picture(name, tmp_path):
+    """Large files of one size: a pixel in the middle, or, of the JPEG, how it is to be turned."""
+    pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    seen = set()
+    for change in (0, 1):
+        exif = Image.Exif()
+        exif[0x0112] = 1 + 2 * change
+        pixels[128, 128] = 7 + change
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif, compress_level=0, quality=100, subsampling=0)
+        seen.add(fingerprint(tmp_path / name))
+    assert (tmp_path / name).stat().st_size > 2 * ENDS
+    assert len(seen) == 2

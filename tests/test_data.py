@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import SAMPLE
+from standin import ROOT, SAMPLE
 
 from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from support.colours import COLOURS

@@ -159,6 +159,18 @@ def test_stopped_before_the_first_checkpoint(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "controlnet.safetensors").exists()
 
 
+def test_previews_of_a_run_that_died_are_not_taken_for_its_own(tmp_path, monkeypatch):
+    """Killed between the base's samples and the first step, the folder is free: for another resolution, too."""
+    options = [*QUICK, "--output-dir", tmp_path, "--max-train-steps", "4"]
+    with monkeypatch.context() as context:
+        context.setattr(train.Run, "resume", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, train, *options)
+    assert (tmp_path / "previews" / "step-0.png").exists()
+    run_main(monkeypatch, train, *options, "--resolution", "128")
+    assert Image.open(tmp_path / "previews" / "step-0.png").size == (4 * 128, 128)
+
+
 def test_malicious_checkpoint_folder(tmp_path, monkeypatch):
     """A pickle under a checkpoint's file name is no safetensors file, and is never unpickled."""
     options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "1"]

@@ -70,8 +70,8 @@ def test_step_zero_is_sampled_once(tmp_path, monkeypatch):
     first = HeldOut(sd, pairs, 0, tmp_path)
     monkeypatch.setattr(convergence, "generate", None)
     again = HeldOut(sd, pairs, 0, tmp_path)
-    assert torch.equal(first.before, again.before) and first.base_scores == again.base_scores
-    assert first.before.shape == (2, 3, 64, 64) and first.base_scores.keys() == {"base_iou", "base_colour_error"}
+    assert torch.equal(first.step_0, again.step_0) and first.base_scores == again.base_scores
+    assert first.step_0.shape == (2, 3, 64, 64) and first.base_scores.keys() == {"base_iou", "base_colour_error"}
 
 
 def test_one_graph():
@@ -167,6 +167,16 @@ def test_broken_pictures_are_listed_together(tmp_path, monkeypatch):
         f"{folder / 'prompt.json'} line {number}" for number in (2, 4)
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_broken_held_out_pairs_are_found_too(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    shutil.copytree(SAMPLE, folder)
+    entries = (SAMPLE / "prompt.json").read_text().splitlines()
+    (folder / "prompt.json").write_text("\n".join(entries[:2] * 5 + entries[3:]))  # the last of 11 is held out
+    Image.new("RGB", (64, 128)).save(folder / "source" / "3.png")
+    with pytest.raises(UserError, match="line 11: hint 3.png is 64x128, target 3.png 512x512; crop them alike"):
+        run_main(monkeypatch, train, "--data", folder, *QUICK[2:], "--output-dir", tmp_path / "run")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -101,7 +101,7 @@ class TimedRun:
     def due(self, step: int, every: int) -> bool:
         return False
 
-    def save(self, *trained) -> bool:
+    def due_to_save(self, step: int) -> bool:
         return False
 
     def check(self, *measured) -> None: ...
@@ -210,7 +210,8 @@ def measure_apart(args: Namespace, side: str, **changed) -> dict:
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{side} failed: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1].removeprefix("error: ")
+        raise UserError(f"{side} failed: {reason}")
     result = json.loads(done.stdout.splitlines()[-1])
     if args.work == "load":  # what a user waits for, from the first line of the program
         result["seconds"] = [time.perf_counter() - began]
