@@ -66,8 +66,8 @@ def draw(count: int) -> Path:
     """The folder with `count` drawn pairs, made if it is not there."""
     folder = ROOT / "runs" / f"drawn-{count}"
     if not (folder / "prompt.json").exists():
-        command = [sys.executable, "data.py", "--count", str(count), "--size", str(SIDE), "--output", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True)
+        command = [sys.executable, "-m", "tools.draw_pairs", "--count", str(count), "--size", str(SIDE)]
+        subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True)
     return folder
 
 

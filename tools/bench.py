@@ -86,6 +86,9 @@ class TimedRun:
         model.register_forward_hook(lambda *_: self.timer.lap("forward"))
         return model
 
+    def batches(self, cached: Namespace) -> Iterator[Batch]:
+        return (cached.batch._replace(number=number) for number in itertools.count())
+
     def share(self, drawn: Tensor) -> Tensor:
         return drawn.to(self.device, non_blocking=True)
 
@@ -116,17 +119,17 @@ def training(args: Namespace, device: torch.device, timer: Timer) -> None:
     controlnet = ControlNet.from_unet(unet, preset.hint_channels, preset.hint_init)
     denoiser = Denoiser(unet, controlnet, bf16=args.precision == "bf16", checkpointing=args.gradient_checkpointing)
     place(denoiser, device)
-    optimizer = torch.optim.AdamW(controlnet.parameters(), lr=preset.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=preset.learning_rate, fused=True)
     optimizer.register_step_pre_hook(lambda *_: timer.lap("backward"))
     shapes = (size, 3, pixels, pixels), (size, 8, pixels // 8, pixels // 8), (size, 77, preset.unet.context_dim)
     hint, moments, context = (torch.rand(shape, device=device) for shape in shapes)
-    batches = (Batch(number, size, [], hint, moments, context) for number in itertools.count())
+    cached = Namespace(batch=Batch(0, size, [], hint, moments, context), empty_context=context[0])
     options = Namespace(
         preset=preset, seed=0, gradient_accumulation_steps=1, learning_rate=preset.learning_rate,
         proportion_empty_prompts=0.5, validation_steps=0,
     )  # fmt: skip
     run = TimedRun(device, timer, args.compile)
-    train(options, run, denoiser, optimizer, batches, context[0], preset.latent_scale, held_out=None)
+    train(options, run, denoiser, optimizer, cached, preset.latent_scale, held_out=None)
 
 
 def sampling(args: Namespace, device: torch.device, timer: Timer) -> None:
