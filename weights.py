@@ -98,7 +98,7 @@ OFFICIAL: dict[type[nn.Module], Layout] = {
     CLIPTextModel: Layout("official", "base model", CLIP, TEXT, (TEXT + "embeddings.position_ids",)),
     ControlNet: Layout("official", "ControlNet", CONTROLNET, "control_model."),
 }
-# Layouts of a ControlNet without a prefix: it has to be told from other networks in the same file by theirs.
+# Layouts of a ControlNet that have no prefix: other networks in the same file are recognised by theirs.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
 BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS)
 DIFFUSERS = diffusers_layout(TRANSFORMER, OTHERS)

@@ -164,12 +164,12 @@ def hint_channels(part: Part) -> tuple[int, ...]:
 
 
 def read_sizes(path: Path, metadata: Mapping[str, str], unet: Part, vae: Part, text: Part) -> dict:
-    """The configs of a checkpoint's three networks, and latent_scale if it is told: arguments of StableDiffusion.
+    """Arguments of StableDiffusion: the configs of a checkpoint's three networks, and latent_scale if it is given.
 
     All from the metadata, or else widths and depths from the shapes and the rest as in Stable Diffusion 1.x: heads,
     norm groups, the scale. To be called within `sizes_of`. Raises UserError for a UNet that takes more than latents.
     """
-    sizes = sizes_told(metadata) if "config" in metadata else sizes_seen(unet, vae, text)
+    sizes = sizes_from_metadata(metadata) if "config" in metadata else sizes_from_shapes(unet, vae, text)
     channels, latent_channels = sizes["unet"].in_channels, sizes["vae"].latent_channels
     if channels != latent_channels:
         raise UserError(
@@ -179,13 +179,11 @@ def read_sizes(path: Path, metadata: Mapping[str, str], unet: Part, vae: Part, t
     return sizes
 
 
-def sizes_told(metadata: Mapping[str, str]) -> dict:
-    told = json.loads(metadata["config"])
-    configs = {
-        name: config(**{k: tuple(v) if isinstance(v, list) else v for k, v in told[name].items()})
-        for name, config in {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}.items()
-    }
-    return configs | {"latent_scale": float(told["latent_scale"])}
+def sizes_from_metadata(metadata: Mapping[str, str]) -> dict:
+    config = json.loads(metadata["config"])
+    kinds = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}
+    sizes = {part: {k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()} for part in kinds}
+    return {part: kinds[part](**sizes[part]) for part in kinds} | {"latent_scale": float(config["latent_scale"])}
 
 
 def config_metadata(sd) -> dict[str, str]:
@@ -194,7 +192,7 @@ def config_metadata(sd) -> dict[str, str]:
     return {"config": json.dumps(configs | {"latent_scale": sd.latent_scale})}
 
 
-def sizes_seen(unet: Part, vae: Part, text: Part) -> dict:
+def sizes_from_shapes(unet: Part, vae: Part, text: Part) -> dict:
     vae_width, vae_levels = vae.shape("encoder.conv_in.weight")[0], range(len(VAEConfig().channel_mult))
     widths = (vae.shape(f"encoder.levels.{level}.resnets.0.conv2.weight")[0] for level in vae_levels)
     vocab_size, text_width = text.shape("token_embedding.weight")

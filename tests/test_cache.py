@@ -56,7 +56,7 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
     shutil.copy(tmp_path / "data" / "target" / "1.png", tmp_path / "data" / "target" / "0.png")
     assert [times_encoded(), times_encoded()] == [1, 0]
     shutil.copy(tmp_path / "data" / "source" / "1.png", tmp_path / "data" / "source" / "0.png")
-    assert [times_encoded(), times_encoded()] == [1, 0]  # whether the new hint has its target's shape has to be seen
+    assert [times_encoded(), times_encoded()] == [1, 0]  # the new hint's shape has to be checked
     listing = tmp_path / "data" / "prompt.json"
     listing.write_text(listing.read_text().replace("coral circle", "red circle"))
     assert [times_encoded(), times_encoded()] == [1, 0]
