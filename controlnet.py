@@ -119,9 +119,8 @@ class ControlNet(nn.Module):
 class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
-    What learns and what is locked is decided here, and set in the two: the UNet is locked (Θ in equation 2), the
-    ControlNet learns. `trained` holds the modules that learn, by name; their weights stay float32. `bf16` computes in
-    bfloat16, and stores the locked part in it.
+    What is locked and what learns is set here: the UNet is locked (Θ in equation 2), the ControlNet learns. `trained`
+    holds the modules that learn, by name, in float32. `bf16` computes in bfloat16 and stores the locked part in it.
     """
 
     def __init__(

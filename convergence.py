@@ -70,7 +70,7 @@ class HeldOut:
         noise, self.eps = (torch.randn(moments[:, :4].shape, generator=generator).to(sd.device) for _ in range(2))
         z0 = sd.latent_scale * sample_latent(moments, noise)
         self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
-        self.z = NoiseSchedule().add_noise(z0, self.eps, self.t)
+        self.z = NoiseSchedule(device=sd.device).add_noise(z0, self.eps, self.t)
         self.own, self.other = self.hints[chosen].to(sd.device), self.hints[others].to(sd.device)
         self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
 

@@ -15,16 +15,17 @@ class NoiseSchedule:
     variance that comes from the image, if z_0 has unit variance; the rest, 1 - ᾱ_t, is noise.
     """
 
-    def __init__(self, steps: int = 1000):
+    def __init__(self, steps: int = 1000, device: torch.device | str = "cpu"):
         self.steps = steps
         self.betas = torch.linspace(0.00085**0.5, 0.0120**0.5, steps, dtype=torch.float64) ** 2
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        scales = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        self.image_scale, self.noise_scale = (scale.float().to(device)[:, None, None, None] for scale in scales)
 
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Sample q(z_t | z_0): z0 and standard normal eps [B, 4, h, w], t int64 [B] in [0, steps) -> z_t."""
-        alpha = self.alphas_cumprod.to(z0.device)[t][:, None, None, None]
+        """Sample q(z_t | z_0): z0 and standard normal eps [B, 4, h, w], t int64 [B], all on `device` -> z_t."""
         # z_t = sqrt(ᾱ_t) z_0 + sqrt(1 - ᾱ_t) ε
-        return alpha.sqrt().to(z0.dtype) * z0 + (1 - alpha).sqrt().to(z0.dtype) * eps
+        return self.image_scale[t].to(z0.dtype) * z0 + self.noise_scale[t].to(z0.dtype) * eps
 
 
 def guided_noise(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:

@@ -113,7 +113,7 @@ def train(
     held_out: HeldOut | None,
 ) -> None:  # fmt: skip
     """The loop: equation (5), from the step after run.start to --max-train-steps, or until a signal ends it."""
-    model, schedule, batches = run.distribute(denoiser), NoiseSchedule(), run.batches(cached)
+    model, schedule, batches = run.distribute(denoiser), NoiseSchedule(device=run.device), run.batches(cached)
     learning, empty_prompt = denoiser.trainable_parameters(), cached.empty_context.to(run.device)
     batches_per_step = args.gradient_accumulation_steps
 

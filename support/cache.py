@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def cache_key(sd, pairs) -> dict:
     }
 
 
+def ignore_interrupt(worker: int) -> None:
+    """For processes that load pictures: Ctrl-C reaches them too, but when to stop is the main process's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Targets(Dataset):
     """A set's targets, or, for a pair that can't be read, what is wrong with it."""
 
@@ -101,7 +107,9 @@ def cache_latents(sd, pairs, held_out, folder: Path, batch_size: int = 4, num_wo
     prompts, broken = list(context_rows(pairs.prompts)), []
 
     def encoded_images() -> Iterator[Tensor]:
-        loader = DataLoader(Targets(pairs), batch_size, num_workers=num_workers, collate_fn=list)
+        loader = DataLoader(
+            Targets(pairs), batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupt
+        )
         for batch in tqdm(loader, desc="encoding images", unit="batch"):
             broken.extend(item for item in batch if isinstance(item, str))
             if not broken:  # else the rest is only looked at

@@ -7,6 +7,13 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
+OUT_OF_MEMORY = (  # in a RuntimeError
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 class UserError(Exception):
     """A mistake that the user can put right. Its text is the whole message, one line; a bug is any other exception.
@@ -30,7 +37,11 @@ def run_command_line(main: Callable[[], None], less_memory: str = "closing other
         message = str(error).split("UserError: ")[-1]  # from a loader's worker process it comes inside a traceback
         fail(*error.details, message)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if "Bus error" in str(error):  # what PyTorch says when a loader's worker finds /dev/shm full
+            fail("shared memory ran out: take --num-workers 0, or give a container more with --shm-size")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            phrase in str(error) for phrase in OUT_OF_MEMORY
+        ):
             raise
         fail(f"out of memory ({str(error).split('.')[0]}): try {less_memory}")
     except KeyboardInterrupt:

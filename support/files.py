@@ -104,7 +104,8 @@ def move(source: Path, target: Path) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, replacing what was there only when it is complete."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    # To the CPU first: contiguous copies of channels_last tensors, all at once, would fill a card.
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | (metadata or {})
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.cache import CachedPairs
+from support.cache import CachedPairs, ignore_interrupt
 from support.checkpoints import check_config, checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
 from support.devices import choose_device
 from support.errors import UserError
@@ -133,7 +133,10 @@ class Run:
         first = self.start * self.args.gradient_accumulation_steps
         order = index_batches(len(pairs), size * self.processes, self.args.seed, first, self.slice(size))
         on_cuda = self.device.type == "cuda"
-        loader = DataLoader(pairs, batch_sampler=order, num_workers=self.args.num_workers, pin_memory=on_cuda)
+        loader = DataLoader(
+            pairs, batch_sampler=order, num_workers=self.args.num_workers, pin_memory=on_cuda,
+            worker_init_fn=ignore_interrupt,
+        )  # fmt: skip
         for number, (indices, *tensors) in enumerate(loader, start=first):
             names = [pairs.pairs.name(i) for i in indices.tolist()]
             tensors = (tensor.to(self.device, non_blocking=True) for tensor in tensors)

@@ -257,6 +257,15 @@ def test_memory_that_runs_out(capsys):
     assert ended.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: out of memory") and "try a smaller --size" in line and line.count("\n") == 1
+    for said, told in (
+        ("CUDA error: out of memory", "out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error.", "--shm-size"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command_line(lambda said=said: (_ for _ in ()).throw(RuntimeError(said)))
+        assert told in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):  # keeps its traceback
         run_command_line(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 

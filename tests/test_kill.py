@@ -28,27 +28,32 @@ run_command_line(train.main)
 
 
 def test_killed_again_and_again(tmp_path):
-    """Killed at random moments and resumed each time, a run ends with the weights and the log of one left alone."""
+    """Killed at random moments, and inside the writing of checkpoints, a run that is resumed each time ends with the
+    weights and the log of one that was left alone."""
     steps = 8 * KILLS
     options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "1"]
     options += ["--validation-steps", "0", "--checkpointing-steps", "2", "--max-train-steps", steps]
     slow = [sys.executable, "-c", SLOW_WRITES.format(root=str(ROOT)), *map(str, options)]
     slow += ["--output-dir", str(tmp_path / "killed")]
-    log = tmp_path / "killed" / "log.jsonl"
+    log, partial = tmp_path / "killed" / "log.jsonl", tmp_path / "killed" / "checkpoints" / ".partial"
     rng, kills, inside = random.Random(0), 0, 0
     while True:
         resume = ["--resume-from-checkpoint", "latest"] if (tmp_path / "killed" / "config.json").exists() else []
-        before = log.stat().st_mtime_ns if log.exists() else 0
+        before, began = log.stat().st_mtime_ns if log.exists() else 0, time.time_ns()
         with open(tmp_path / "output", "w") as output:
             process = subprocess.Popen([*slow, *resume], stdout=output, stderr=output)
         if kills < KILLS:
             deadline = time.time() + 120  # alive: it has trimmed or written its log
             while (not log.exists() or log.stat().st_mtime_ns == before) and time.time() < deadline:
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 1.5))
+            if kills % 2:
+                time.sleep(rng.uniform(0, 1.5))
+            else:  # inside the writing of a checkpoint
+                while not (partial.exists() and partial.stat().st_mtime_ns > began) and time.time() < deadline:
+                    time.sleep(0.01)
             process.kill()
             kills += process.wait() == -9
-            inside += (tmp_path / "killed" / "checkpoints" / ".partial").exists()
+            inside += partial.exists()
         if process.wait() != -9:
             assert process.returncode == 0, (tmp_path / "output").read_text()
             break

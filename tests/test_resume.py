@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if it had not been, and what it leaves on the disk."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -59,17 +60,28 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, train, *QUICK, "--output-dir", folder)
 
 
-def test_interrupt_saves_and_goes_on(tmp_path, monkeypatch):
-    command = [sys.executable, ROOT / "train.py", *QUICK, "--output-dir", tmp_path / "run", "--max-train-steps", "2000"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_interrupt_saves_and_goes_on(start, tmp_path, monkeypatch):
+    """Ctrl-C reaches the processes that load pictures too, however they were started: they leave it to the main one."""
+    program = f"""
+import multiprocessing, train
+from support.errors import run_command_line
+multiprocessing.set_start_method({start!r})
+run_command_line(train.main)
+"""
+    options = [*QUICK, "--num-workers", "1", "--output-dir", tmp_path / "run", "--max-train-steps", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, options)], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and log.read_text()) and time.time() < deadline:
         time.sleep(0.1)
     assert read_run(tmp_path / "run"), "training did not start"
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in errors
     assert "--resume-from-checkpoint latest" in output
     steps = len(read_run(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()

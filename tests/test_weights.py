@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -96,7 +97,7 @@ def test_sizes_are_read_off_shapes():
     shapes = {name: shape for part in ("unet", "vae", "clip") for name, shape in MANIFEST["sd15"][part].items()}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     parts = (OFFICIAL[network].pick(tensors, "file") for network in (UNet, AutoencoderKL, CLIPTextModel))
-    sizes = read_sizes({}, *parts)
+    sizes = read_sizes(Path("file"), {}, *parts)
     assert (sizes["unet"], sizes["vae"], sizes["text"]) == CONFIGS["sd15"]
 
 
