@@ -74,7 +74,7 @@ def generate(
 
     z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE))
     bar.close()
-    return torch.cat([sd.decode_latents(part) for part in z0.split(4)])  # the decoder needs the most memory
+    return torch.cat([sd.decode_latents(latent) for latent in z0.split(1)])  # one by one: this needs the most memory
 
 
 def load_decoders(sd: StableDiffusion, paths: list[Path]) -> None:
