@@ -47,16 +47,18 @@ def save_checkpoint(
     save_json({"step": step} | config, temporary / "config.json")
     shutil.rmtree(final, ignore_errors=True)
     move(temporary, final)
-    found = checkpoints_in(folder)
+    found = steps_in(folder)
     newest = sorted(number for number in found if number <= step)[-limit:]
     for number in found.keys() - newest:
         shutil.rmtree(found[number])
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Step -> checkpoint."""
-    paths = folder.glob("step-*")
-    return {int(match[1]): path for path in paths if (match := re.fullmatch(r"step-(\d+)", path.name))}
+def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Step -> the checkpoint step-N in a folder, or the file step-N with the suffix."""
+    paths = folder.glob(f"step-*{suffix}")
+    return {
+        int(match[1]): path for path in paths if (match := re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name))
+    }
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -64,7 +66,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
 
     Raises UserError when there is no such checkpoint, or no run.
     """
-    found = checkpoints_in(folder)
+    found = steps_in(folder)
     if wanted == "latest" and not found:
         if (folder.parent / "config.json").is_file():
             return None

@@ -55,6 +55,5 @@ count_or_zero = number(int, lambda value: value >= 0, "a whole number, 0 or more
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 finite_float = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-side = number(
-    int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64"
-)  # 8 of the VAE times 8 of the UNet
+# The VAE divides the side by 8, and the UNet does so again.
+side = number(int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64")

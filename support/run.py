@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from support.cache import CachedPairs, ignore_interrupt
-from support.checkpoints import check_config, checkpoints_in, find_checkpoint, load_checkpoint, save_checkpoint
+from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, steps_in
 from support.devices import choose_device
 from support.errors import UserError
 from support.files import save_json
@@ -92,9 +92,8 @@ class Run:
             self.say(f"resuming from {self.checkpoint}" if self.checkpoint else none)
         self.step = self.start
         if self.writes:  # previews of steps that are done again: of a run that was resumed, or died before its first
-            for path in self.folder.glob("previews/step-*.png"):
-                step = int(path.stem.removeprefix("step-"))
-                if step > self.start or step == self.start == 0:
+            for step, path in steps_in(self.folder / "previews", ".png").items():
+                if step > self.start or self.start == 0:
                     path.unlink()
 
     def say(self, *lines: str) -> None:
@@ -190,7 +189,7 @@ class Run:
     def check(self, step: int, loss: float, gradient_norm: float, names: list[str]) -> None:
         """Raise UserError before a loss or gradient that is not finite gets into the weights."""
         if not math.isfinite(loss + gradient_norm):
-            good = max(checkpoints_in(self.folder / "checkpoints").items(), default=(0, "none yet"))[1]
+            good = max(steps_in(self.folder / "checkpoints").items(), default=(0, "none yet"))[1]
             raise UserError(
                 f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; last good "
                 f"checkpoint: {good}; look at these pairs, lower --learning-rate or take --mixed-precision no"
@@ -214,7 +213,10 @@ class Run:
 
         Every process calls this once a step: here they agree whether to stop, whichever of them got the signal.
         """
-        self.stopping = self.mean(torch.tensor(float(len(self.signals)), device=self.device)) > 0
+        if self.processes == 1:  # nothing to agree on, and no card to wait for
+            self.stopping = bool(self.signals)
+        else:
+            self.stopping = self.mean(torch.tensor(float(len(self.signals)), device=self.device)) > 0
         last = self.stopping or step == self.args.max_train_steps
         return (self.writes and last) or self.due(step, self.args.checkpointing_steps)
 

@@ -179,8 +179,10 @@ def test_previews_of_a_run_that_died_are_not_taken_for_its_own(tmp_path, monkeyp
         with pytest.raises(SystemExit):
             run_main(monkeypatch, train, *options)
     assert (tmp_path / "previews" / "step-0.png").exists()
+    (tmp_path / "previews" / "step-0 copy.png").write_text("somebody's own")
     run_main(monkeypatch, train, *options, "--resolution", "128")
     assert Image.open(tmp_path / "previews" / "step-0.png").size == (4 * 128, 128)
+    assert (tmp_path / "previews" / "step-0 copy.png").exists()
 
 
 def test_malicious_checkpoint_folder(tmp_path, monkeypatch):
