@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from support.devices import native_half
 from support.errors import UserError, warn_if_cut
-from support.files import save_json
+from support.files import read_json, save_json
 from support.listing import refuse_broken
+
+FLUSH_EVERY = 1000  # rows
 
 
 class CachedPairs(Dataset):
-    """Pairs whose targets and prompts are encoded: (index, hint, moments, context) of each.
+    """Pairs whose targets and prompts are encoded: (index, hint as bytes, moments, context) of each.
 
     `empty_context` [77, D] is the empty prompt's.
     """
@@ -40,9 +43,10 @@ class CachedPairs(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        # Pictures have 8 bits a channel: as bytes they take a quarter of the memory that workers share.
         moments = self.row("moments.npy", index)  # [8, H/8, W/8]
         context = self.row("contexts.npy", self.context_row[index])  # [77, D]
-        return index, self.pairs.hint(index), moments, context
+        return index, (self.pairs.hint(index) * 255).round().byte(), moments, context
 
 
 def context_rows(prompts: list[str]) -> dict[str, int]:
@@ -89,65 +93,85 @@ class Targets(Dataset):
 
 
 @torch.no_grad()
-def cache_latents(sd, pairs, held_out, folder: Path, batch_size: int = 4, num_workers: int = 0) -> CachedPairs:
+def cache_latents(
+    sd, pairs, held_out, folder: Path, batch_size: int = 4, num_workers: int = 0, ready: bool = False
+) -> CachedPairs:
     """Encode all targets and prompts into `folder`, unless what is there belongs to the same base and pairs.
 
     Keeps the latent distributions (moments), not samples of them, in half precision; every step then samples afresh,
-    as the released code does. Every picture is opened on the way, the held-out ones too. Raises UserError that shows
-    the broken pairs, or when the disk is too small.
+    as the released code does. Every picture is opened on the way, the held-out ones too. What was stopped goes on where
+    it was. `ready` says that another process has just done it. Raises UserError that shows the broken pairs, or when
+    the disk is too small.
     """
+    if ready:
+        return CachedPairs(pairs, folder)
     try:
-        key, key_file = cache_key(sd, pairs), folder / "key.json"
+        key, state_file = cache_key(sd, pairs), folder / "key.json"
     except OSError as error:
         raise UserError(f"a picture can't be read ({error}): correct or remove its pair") from None
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a broken one: encode
-        if json.loads(key_file.read_text()) == key:
-            return CachedPairs(pairs, folder)
+    prompts, broken, state = list(context_rows(pairs.prompts)), [], {}
+    finished = key | {"images": len(pairs), "prompts": len(prompts)}
+    with contextlib.suppress(UserError):  # none yet, or a broken one
+        state = read_json(state_file)
+    if state == finished:
+        return CachedPairs(pairs, folder)
+    first = state["images"] if state == key | {"images": state.get("images")} else 0
     warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
-    prompts, broken = list(context_rows(pairs.prompts)), []
 
     def encoded_images() -> Iterator[Tensor]:
+        targets = Subset(Targets(pairs), range(first, len(pairs)))
         loader = DataLoader(
-            Targets(pairs), batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupt
+            targets, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupt
         )
-        for batch in tqdm(loader, desc="encoding images", unit="batch"):
+        bfloat16 = sd.device.type == "cuda" and native_half(sd.device) == "bf16"  # in fp16 the VAE can overflow
+        bar = tqdm(desc="encoding images, once", initial=first, total=len(pairs), unit="image")
+        for batch in loader:
             broken.extend(item for item in batch if isinstance(item, str))
             if not broken:  # else the rest is only looked at
-                with torch.autocast(sd.device.type, torch.bfloat16, enabled=sd.device.type == "cuda"):
+                with torch.autocast(sd.device.type, torch.bfloat16, enabled=bfloat16):
                     yield sd.vae.encode(torch.stack(batch).to(sd.device))
+            bar.update(len(batch))
+        bar.close()
         checked = Targets(held_out)
         broken.extend(item for item in (checked[i] for i in range(len(checked))) if isinstance(item, str))
 
     def encoded_prompts() -> Iterator[Tensor]:
-        for first in tqdm(range(0, len(prompts), batch_size), desc="encoding prompts", unit="batch"):
-            yield sd.encode_prompts(prompts[first : first + batch_size])
+        for i in tqdm(range(0, len(prompts), batch_size), desc="encoding prompts", unit="batch"):
+            yield sd.encode_prompts(prompts[i : i + batch_size])
 
     try:
-        key_file.unlink(missing_ok=True)
-        write_rows(folder / "moments.npy", len(pairs), encoded_images())
+        if first == 0:
+            state_file.unlink(missing_ok=True)
+        for done in write_rows(folder / "moments.npy", len(pairs), encoded_images(), first):
+            save_json(key | {"images": done}, state_file)
         if broken:
             shutil.rmtree(folder, ignore_errors=True)
             names = {some.name(i) for some in (pairs, held_out) for i in range(len(some))}
             refuse_broken(list(dict.fromkeys(broken)), len(names), "the pairs")  # few pairs are in both
-        write_rows(folder / "contexts.npy", len(prompts), encoded_prompts())
-        save_json(key, key_file)  # last: rows without it are encoded again
+        for _ in write_rows(folder / "contexts.npy", len(prompts), encoded_prompts()):
+            pass
+        save_json(finished, state_file)
     except OSError as error:
         raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
     return CachedPairs(pairs, folder)
 
 
-def write_rows(path: Path, count: int, batches: Iterator[Tensor]) -> None:
-    """Write `count` rows that come in batches as one float16 array. Raises UserError when the disk is too small."""
-    rows, done = None, 0
+def write_rows(path: Path, count: int, batches: Iterator[Tensor], first: int = 0) -> Iterator[int]:
+    """Write rows that come in batches as one float16 array of `count`, from row `first` on; what was before stays.
+
+    Yields how many rows are on the disk, now and then and at the end. Raises UserError when the disk is too small.
+    """
+    rows, done = None, first
     for batch in batches:
         batch = batch.half().cpu().numpy()
         if rows is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             shape = (count, *batch.shape[1:])
-            if shutil.disk_usage(path.parent).free < 2 * math.prod(shape):
+            if first == 0 and shutil.disk_usage(path.parent).free < 2 * math.prod(shape):
                 raise UserError(f"{path.parent} needs {2 * math.prod(shape) / 1e9:.1f} GB for {path.name}: make room")
-            rows = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            rows = np.lib.format.open_memmap(path, "r+" if first else "w+", np.float16, shape)
         rows[done : done + len(batch)] = batch
         done += len(batch)
-    if rows is not None:
-        rows.flush()
+        if done == count or done // FLUSH_EVERY > (done - len(batch)) // FLUSH_EVERY:
+            rows.flush()
+            yield done

@@ -11,6 +11,7 @@ from standin import SAMPLE
 
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
+from support import cache
 from support.cache import cache_latents
 from support.files import ENDS, fingerprint
 
@@ -31,11 +32,45 @@ def test_what_is_kept(sd, tmp_path):
     assert sd.encoded == [2, 2, 1]
     for i in range(5):
         index, hint, moments, context = cached[i]
-        assert index == i and torch.equal(hint, pairs.hint(i))
+        assert index == i and torch.equal(hint.float() / 255, pairs.hint(i))  # bytes lose nothing
         expected = sd.vae.encode(pairs.image(i)[None])[0]
         assert (moments - expected).abs().max() <= 1e-3 * expected.abs().max()  # half precision: 2^-11
         assert (context - sd.encode_prompts([pairs.prompts[i]])[0]).abs().max() <= 1e-3 * context.abs().max()
     assert torch.equal(cached.empty_context, sd.encode_prompts([""])[0].half().float())
+
+
+def test_a_stopped_encoding_goes_on(sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FLUSH_EVERY", 2)
+    pairs, folder, read = DrawnImages(7, 64), tmp_path / "cache", DrawnImages.image
+
+    def power_cut_at_5(self, index):
+        if index == 5:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    whole = cache.cache_latents(sd, pairs, [], tmp_path / "whole", batch_size=1)
+    sd.encoded.clear()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DrawnImages, "image", power_cut_at_5)
+        cache.cache_latents(sd, pairs, [], folder, batch_size=1)
+    assert len(sd.encoded) == 5
+    resumed = cache.cache_latents(sd, pairs, [], folder, batch_size=1)
+    assert len(sd.encoded) == 5 + 3  # four were on the disk for certain
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs, strict=True))
+    for broken in ("[]", '{"images": 3}'):
+        (folder / "key.json").write_text(broken)
+        sd.encoded.clear()
+        cache.cache_latents(sd, pairs, [], folder, batch_size=1)
+        assert len(sd.encoded) == 7
+
+
+def test_other_processes_take_what_is_there(sd, tmp_path):
+    """Even if they would find another key, as with pictures that they read over a network."""
+    cache_latents(sd, DrawnImages(3, 64), [], tmp_path / "cache")
+    sd.encoded.clear()
+    cached = cache_latents(sd, DrawnImages(3, 64, seed=1), [], tmp_path / "cache", ready=True)
+    assert len(cached) == 3 and not sd.encoded
 
 
 def test_encoded_once_unless_something_changed(sd, tmp_path):
