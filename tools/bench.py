@@ -31,7 +31,7 @@ from clip_text import NUM_MERGES, byte_symbols
 from controlnet import ControlNet, Denoiser
 from sample import generate
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
-from support.devices import choose_device, place
+from support.devices import PRECISIONS, choose_device, place
 from support.errors import UserError, run_command_line
 from support.files import save_tensors
 from support.options import ArgumentParser, positive_float, positive_int
@@ -44,19 +44,25 @@ from weights import official_state_dict
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 1  # steps that are not counted
+QUIET = 0.8  # of the time a process runs, at least, when it has the machine to itself
 
 
 class Timer:
-    """A stopwatch for `count` steps; `laps` has the seconds of each one's parts. After its last lap nothing counts."""
+    """A stopwatch for `count` steps; `laps` has the seconds of each one's parts. After its last lap nothing counts.
+
+    `running` has the share of each step's time in which this thread ran. It waits for nothing but the processor.
+    """
 
     def __init__(self, device: torch.device, count: int):
-        self.device, self.count, self.laps = device, count, []
+        self.device, self.count, self.laps, self.running = device, count, [], []
 
     def steps(self) -> Iterator[int]:
         for step in range(1, self.count + 1):
             self.laps.append(defaultdict(float))
-            self.last = self.now()
+            began = self.last = self.now()
+            ran = time.thread_time()
             yield step
+            self.running.append((time.thread_time() - ran) / (self.now() - began))
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap, or since the step began, as this part's."""
@@ -74,6 +80,7 @@ class TimedRun:
 
     def __init__(self, device: torch.device, timer: Timer, compiled: bool):
         self.device, self.timer, self.compiled = device, timer, compiled
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def steps(self) -> Iterator[int]:
         for step in self.timer.steps():
@@ -117,7 +124,9 @@ def training(args: Namespace, device: torch.device, timer: Timer) -> None:
     preset, size, pixels = args.preset, args.batch_size, args.resolution
     unet = UNet(preset.unet).to(device)
     controlnet = ControlNet.from_unet(unet, preset.hint_channels, preset.hint_init)
-    denoiser = Denoiser(unet, controlnet, bf16=args.precision == "bf16", checkpointing=args.gradient_checkpointing)
+    denoiser = Denoiser(
+        unet, controlnet, precision=PRECISIONS[args.precision], checkpointing=args.gradient_checkpointing
+    )  # fmt: skip
     place(denoiser, device)
     optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=preset.learning_rate, fused=True)
     optimizer.register_step_pre_hook(lambda *_: timer.lap("backward"))
@@ -138,10 +147,9 @@ def sampling(args: Namespace, device: torch.device, timer: Timer) -> None:
         lambda prompts: theirs.token_ids(len(prompts), preset), preset.text, preset.vae, preset.unet, 1.0
     )
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels)
-    for module in (sd, controlnet):
-        module.to(device).requires_grad_(False)
-    if args.precision == "bf16":
-        sd.unet.bfloat16(), controlnet.bfloat16()
+    for module in (sd.unet, controlnet):
+        module.to(device, PRECISIONS[args.precision])
+    sd.to(device)  # as sample.py does
     hints = torch.rand(args.batch_size, 3, args.resolution, args.resolution)
 
     for _ in timer.steps():
@@ -203,7 +211,8 @@ def measure(args: Namespace) -> dict:
     sides[SIDES.index(args.side)](args, device, timer)
     steps = timer.laps[warm_up:]
     parts = {part: statistics.mean(step[part] for step in steps) for part in steps[0]}
-    return {"seconds": [sum(step.values()) for step in steps], "parts": parts, "peak": peak_memory(device)}
+    seconds, running = [sum(step.values()) for step in steps], statistics.mean(timer.running[warm_up:])
+    return {"seconds": seconds, "parts": parts, "running": running, "peak": peak_memory(device)}
 
 
 def measure_apart(args: Namespace, side: str, **changed) -> dict:
@@ -287,7 +296,18 @@ def compare(args: Namespace) -> None:
         reached = flops / seconds[0]
         print(f"a step is {flops / 1e12:.3f} TFLOP (counted): {reached / 1e9:.0f} GFLOP/s here, {reached / best:.0%} "
               f"of this machine's {best / 1e9:.0f} in a matrix product")  # fmt: skip
+    refuse_if_busy(args, results)
     print(f"ratio time {seconds[0] / seconds[1]:.2f}, memory {peaks[0] / peaks[1]:.2f}")
+
+
+def refuse_if_busy(args: Namespace, results: tuple[list[dict], list[dict]]) -> None:
+    """Raise UserError when other processes took so much of the machine that a ratio would mean nothing."""
+    running = min(r["running"] for rounds in results for r in rounds)
+    medians = [[statistics.median(r["seconds"]) for r in rounds] for rounds in results]
+    apart = max(max(rounds) / min(rounds) for rounds in medians)
+    if (running < QUIET and args.work != "load") or apart > 2:  # loading waits for the disk too
+        raise UserError(f"no ratio: the machine was busy (it ran {running:.0%} of the time, the slowest round took "
+                        f"{apart:.1f} times as long as the fastest): try again when nothing else runs")  # fmt: skip
 
 
 def grow(args: Namespace) -> None:
