@@ -101,10 +101,12 @@ class ControlNet(nn.Module):
         x [B, 4, h, w], hint [B, 3, 8h, 8w] in [0, 1], t int64 [B], context [B, 77, D] -> 13 residuals, shallow to
         deep, the middle block's last. The UNet adds them to F(x; Θ), its own features: y_c = F(x; Θ) + residual.
         """
+        return self.residuals(x, self.hint_encoder(hint), t, context)  # Z(c; Θ_z1), c = E(hint) as in equation (4)
+
+    def residuals(self, x: Tensor, condition: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
+        """`forward` from the hint encoder's output on, which stays the same from one sampling step to the next."""
         time = None if self.lite else self.time_embed(t)
-        condition = self.hint_encoder(hint)  # Z(c; Θ_z1), c = E(hint) as in equation (4)
-        residuals = []
-        h = x
+        residuals, h = [], x
         for i, (block, zero) in enumerate(zip(self.encoder, self.zero_convs, strict=True)):
             h = run_block(block, self.checkpointing, h, time, context)  # F(·; Θ_c), block by block
             if i == 0:
@@ -120,15 +122,16 @@ class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
     What is locked and what learns is set here: the UNet is locked (Θ in equation 2), the ControlNet learns. `trained`
-    holds the modules that learn, by name, in float32. `bf16` computes in bfloat16 and stores the locked part in it.
+    holds the modules that learn, by name, in float32. `precision` is what is computed in, by autocast; the locked part
+    is stored in it too.
     """
 
     def __init__(
-        self, unet: UNet, controlnet: ControlNet, *, bf16: bool = False, unlock_decoder: bool = False,
-        only_mid_control: bool = False, checkpointing: bool = False,
+        self, unet: UNet, controlnet: ControlNet, *, precision: torch.dtype = torch.float32,
+        unlock_decoder: bool = False, only_mid_control: bool = False, checkpointing: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.unet, self.controlnet, self.bf16 = unet.requires_grad_(False), controlnet, bf16
+        self.unet, self.controlnet, self.precision = unet.requires_grad_(False), controlnet, precision
         self.trained: dict[str, nn.Module] = {"controlnet": controlnet}
         if unlock_decoder:  # the released code's sd_locked = False
             parts = ("decoder", "norm_out", "conv_out")
@@ -139,8 +142,8 @@ class Denoiser(nn.Module):
             for conv in controlnet.zero_convs:
                 zero_weights(conv).requires_grad_(False)
         for name, part in unet.named_children():
-            if bf16 and name not in self.trained:
-                part.bfloat16()
+            if name not in self.trained:
+                part.to(precision)
         controlnet.checkpointing = unet.checkpointing = checkpointing
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -148,7 +151,7 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> Tensor:
         """z [B, 4, h, w], t int64 [B], context [B, 77, D], hint [B, 3, 8h, 8w] in [0, 1] -> ε [B, 4, h, w], float32."""
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(z.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.unet(z, t, context, self.controlnet(z, hint, t, context)).float()
 
 

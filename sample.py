@@ -1,5 +1,6 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
-from support.devices import choose_device
+from support.devices import choose_device, describe, sampling_precision, warn_if_slow
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
 from support.hub import locate
-from support.pictures import fit_image, open_image, save_picture, side_by_side, to_picture
+from support.pictures import fit_image, open_image, save_samples
 from support.randomness import DDIM_NOISE, generator_for
 from weights import load_controlnet, load_official, official_state_dict
 
+AT_ONCE = 8  # images in a batch: more would take more memory than a training step
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 
 
@@ -25,8 +27,8 @@ CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 def generate(
     sd: StableDiffusion, controlnets: list[ControlNet], hints: list[Tensor], prompts: list[str], *,
     negative_prompt: str = "", steps: int = 20, guidance_scale: float = 9.0, strengths: list[float] | None = None,
-    weighting: str = "uniform", both_sides: bool = True, eta: float = 0.0, seed: int = 0,
-    size: tuple[int, int] | None = None, progress: bool = False,
+    weighting: str = "uniform", both_sides: bool = True, control_start: float = 0.0, control_end: float = 1.0,
+    eta: float = 0.0, seed: int = 0, size: tuple[int, int] | None = None, progress: bool = False,
 ) -> Tensor:  # fmt: skip
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
@@ -34,43 +36,48 @@ def generate(
     (H, W). Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of
     several ControlNets are added (Fig. 6), each times its strength and control_weights(weighting). With `both_sides`
     both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4),
-    and no ControlNet runs for the other.
+    and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
+    `control_end`. What is in half precision is computed in half precision.
     """
-    device = sd.device
-    strengths = strengths or [1.0] * len(controlnets)
+    device, strengths = sd.device, strengths or [1.0] * len(controlnets)
     height, width = hints[0].shape[2:] if hints else size
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
     latent_shape = (sd.unet.config.in_channels, height // 8, width // 8)
     z_T = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(device)
 
     guided = guidance_scale != 1.0  # at 1 the unconditional side cancels out
-    context = sd.encode_prompts(prompts)
-    if guided:  # one batch: the unconditional half first
-        context = torch.cat([sd.encode_prompts([negative_prompt]).expand_as(context), context])
-    skipped = len(prompts) if guided and not both_sides else 0  # rows of the side that does not see the hint
-    weights = [control_weights(weighting, strength) for strength in strengths]
-    hints = [hint.to(device).repeat(2 if guided and not skipped else 1, 1, 1, 1) for hint in hints]
+    sides = [sd.encode_prompts(prompts)]  # of guidance: the unconditional one, if it is needed, comes first
+    if guided:
+        sides.insert(0, sd.encode_prompts([negative_prompt]).expand_as(sides[0]))
+    precision = sd.unet.encoder[0].conv.weight.dtype  # of a UNet in half precision; else autocast does nothing
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    with autocast:
+        conditions = [net.hint_encoder(hint.to(device)) for net, hint in zip(controlnets, hints, strict=True)]
+    seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
+    steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
 
-    def control(z: Tensor, t: Tensor) -> list[Tensor] | None:
+    def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
+        """The weighted residuals of all ControlNets for some of the images, 0 for a side that does not see the hint."""
         lists = []
-        for controlnet, hint, factors in zip(controlnets, hints, weights, strict=True):
-            residuals = controlnet(z[skipped:], hint, t[skipped:], context[skipped:])
-            lists.append([factor * residual for factor, residual in zip(factors, residuals)])
-        if not lists:
-            return None
-        return [torch.cat([r.new_zeros(skipped, *r.shape[1:]), r]) for r in add_residuals(*lists)]
-
-    bar = tqdm(total=steps, desc="sampling", disable=not progress)
-    # On a GPU always; elsewhere only when the UNet's weights are bfloat16, as in bf16 training.
-    bfloat16 = device.type == "cuda" or sd.unet.encoder[0].conv.weight.dtype == torch.bfloat16
+        for controlnet, condition, strength in zip(controlnets, conditions, strengths, strict=True):
+            condition = condition[images].repeat(seeing, 1, 1, 1)
+            rows = slice(-len(condition), None)  # the conditional side comes last
+            residuals = controlnet.residuals(z[rows], condition, t[rows], context[rows])
+            lists.append([w * residual for w, residual in zip(control_weights(weighting, strength), residuals)])
+        return [torch.cat([r.new_zeros(len(z) - len(r), *r.shape[1:]), r]) for r in add_residuals(*lists)]
 
     def eps_fn(z: Tensor, t: Tensor) -> Tensor:
-        if guided:
-            z, t = z.repeat(2, 1, 1, 1), t.repeat(2)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            eps = sd.unet(z, t, context, control(z, t)).float()
+        step = next(steps_done)
+        controlled = controlnets and step / steps >= control_start and (step + 1) / steps <= control_end
+        predicted = []
+        for images in (slice(first, first + AT_ONCE) for first in range(0, len(z), AT_ONCE)):
+            context = torch.cat([side[images] for side in sides])  # both sides of guidance in one batch
+            inputs = z[images].repeat(len(sides), 1, 1, 1), t[images].repeat(len(sides)), context
+            with autocast:
+                eps = sd.unet(*inputs, control(*inputs, images) if controlled else None).float()
+            predicted.append(guided_noise(*eps.chunk(2), guidance_scale) if guided else eps)
         bar.update()
-        return guided_noise(*eps.chunk(2), guidance_scale) if guided else eps
+        return torch.cat(predicted)
 
     z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE))
     bar.close()
@@ -100,15 +107,22 @@ def parse_arguments():
     add("--steps", type=ddim_steps, dest="sampling_steps", help="DDIM steps (default: tiny 10, sd15 20)")
     add("--guidance-scale", type=finite, help="β of classifier-free guidance (default: tiny 3, sd15 9)")
     add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
+    add("--control-start", type=options.share, default=0.0, help="share of the steps before it starts (default: 0)")
+    add("--control-end", type=options.share, default=1.0, help="share of the steps after which it ends (default: 1)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
     add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
     add("--seed", type=options.count_or_zero, default=0, help="sample i starts from seed + i")
-    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
-    add("--output", type=Path, default=Path("out.png"), help="the row of hint and samples; samples go to out-0.png, …")
+    add("--device", decides=False, help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
+    add("--output", type=Path, default=Path("out.png"), decides=False, help="the row; samples: out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
         raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")
     if len(args.strength) not in (0, 1, len(args.controlnet)):
         raise UserError(f"{len(args.strength)} --strength, {len(args.controlnet)} --controlnet: give one, or one each")
+    if len(args.strength) < 2:
+        args.strength = (args.strength or [1.0]) * len(args.controlnet)
+    if args.control_start > args.control_end:
+        raise UserError(f"--control-start {args.control_start} is after --control-end {args.control_end}: swap them")
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: must end in .png")
     return args
@@ -122,8 +136,11 @@ def main() -> None:
     sd = StableDiffusion.load(args.base)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
     load_decoders(sd, paths)
-    for module in (sd, *controlnets):
-        module.to(device)
+    print(f"sampling on {describe(device)}")
+    warn_if_slow(sd.unet, device)
+    for module in (sd.unet, *controlnets):
+        module.to(device, sampling_precision(args.precision, device))
+    sd.to(device)  # text encoder and VAE stay in float32: the VAE's numbers can be too large for fp16
     args = options.with_defaults(args, sd.preset)
     hints = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     sizes = {tuple(hint.shape[1:]) for hint in hints}
@@ -132,26 +149,15 @@ def main() -> None:
     warn_if_cut(sd.tokenizer, {"--prompt": args.prompt, "--negative-prompt": args.negative_prompt})
     make_folder(args.output.absolute().parent)
 
-    strengths = (args.strength * len(paths))[: len(paths)] or [1.0] * len(paths)
-    settings = {
-        "base": args.base, "controlnet": args.controlnet, "hint": [str(path) for path in args.hint],
-        "strength": strengths, "prompt": args.prompt, "negative_prompt": args.negative_prompt,
-        "steps": args.sampling_steps, "guidance_scale": args.guidance_scale, "control_mode": args.control_mode,
-        "resolution": args.resolution,
-    }  # fmt: skip
     images = generate(
         sd, controlnets, [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
         [args.prompt] * args.num_samples, negative_prompt=args.negative_prompt, steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale, strengths=strengths, weighting=args.control_mode,
-        both_sides=args.control_mode == "uniform", seed=args.seed, size=(args.resolution,) * 2, progress=True,
+        guidance_scale=args.guidance_scale, strengths=args.strength, weighting=args.control_mode,
+        both_sides=args.control_mode == "uniform", control_start=args.control_start,
+        control_end=args.control_end, seed=args.seed, size=(args.resolution,) * 2, progress=True,
     )  # fmt: skip
-    samples = [to_picture(image) for image in images]
-    for i, sample in enumerate(samples):
-        path = args.output.with_name(f"{args.output.stem}-{i}.png")
-        save_picture(sample, path, settings | {"seed": args.seed + i, "num_samples": 1})
-    row = side_by_side([*(to_picture(hint * 2 - 1) for hint in hints), *samples])
-    save_picture(row, args.output, settings | {"seed": args.seed, "num_samples": args.num_samples})
-    print(f"wrote {args.output} ({'hint, ' if hints else ''}{len(samples)} samples)")
+    save_samples(images, hints, args.output, args.seed, {name: getattr(args, name) for name in args.deciding})
+    print(f"wrote {args.output} ({'hint, ' if hints else ''}{len(images)} samples)")
 
 
 if __name__ == "__main__":

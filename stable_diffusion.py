@@ -45,7 +45,7 @@ class Preset:
 SD15 = Preset(
     unet=UNetConfig(), vae=VAEConfig(), text=CLIPTextConfig(), latent_scale=0.18215,
     hint_channels=(16, 32, 96, 256), hint_init="default", data="fill50k", resolution=512, train_batch_size=4,
-    learning_rate=1e-5, max_train_steps=10_000, validation_steps=500, response_steps=50, mixed_precision="bf16",
+    learning_rate=1e-5, max_train_steps=10_000, validation_steps=500, response_steps=50, mixed_precision="auto",
     sampling_steps=20, guidance_scale=9.0, license="CreativeML OpenRAIL-M",
 )  # fmt: skip
 TINY = Preset(

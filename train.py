@@ -6,7 +6,6 @@ the paper's experiment on fill50k, meant for one 24 GB card.
 
 import json
 import os
-import shlex
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ from diffusion import NoiseSchedule
 from stable_diffusion import SD15, TINY, StableDiffusion
 from support import options
 from support.cache import CachedPairs, cache_latents
-from support.devices import place
+from support.devices import PRECISIONS, place, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.randomness import NOISE, generator_for
 from support.run import Run
@@ -47,26 +46,22 @@ def parse_arguments() -> Namespace:
     add("--proportion-empty-prompts", type=options.share, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.count_or_zero, default=0)
-    add("--mixed-precision", choices=("no", "bf16"), help=both("mixed_precision"))
+    add("--mixed-precision", choices=("no", "auto", "bf16", "fp16"), help=f"auto: by device {both('mixed_precision')}")
     add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, about a third more time")
     add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
     add("--checkpointing-steps", type=whole, default=500, decides=False, help="default: 500, and always at the end")
     add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
-    add("--validation-steps", type=options.count_or_zero, decides=False,
-        help=f"steps between previews, 0 for none {both('validation_steps')}")  # fmt: skip
+    add("--validation-steps", type=options.count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
     add("--validation-hints", type=whole, default=8, help="held-out hints that are sampled and scored (default: 8)")
     add("--num-workers", type=options.count_or_zero, default=0 if os.cpu_count() <= 4 else 4, decides=False,
         help="processes that load pictures")  # fmt: skip
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
-    add("--only-mid-control", action="store_true", help="connect the middle block alone: for a condition that says "
-        "what rather than exactly where, or as a first, faster stage")  # fmt: skip
-    add("--unlock-decoder", action="store_true", help="train the UNet's decoder too: for pictures unlike any that the "
-        "base knows, with many pairs and about a fifth of the learning rate; the base's own style is lost")  # fmt: skip
-    add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", decides=False,
-        help="tensorboard: beside log.jsonl")  # fmt: skip
+    add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
+    add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
+    add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", decides=False, help="beside log.jsonl")
     add("--device", decides=False, help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     args = parser.parse_args()
     if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
@@ -89,15 +84,17 @@ def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, 
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
+    warn_if_slow(sd.unet, run.device)
     sd.to(run.device)
     with run.one_process_first():
         pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-        cached = cache_latents(sd, pairs, held_out_pairs, run.folder / "cache", args.train_batch_size, args.num_workers)
+        cache, size = run.folder / "cache", args.train_batch_size
+        cached = cache_latents(sd, pairs, held_out_pairs, cache, size, args.num_workers, ready=not run.writes)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
     denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
-        sd.unet, controlnet, bf16=args.mixed_precision == "bf16", unlock_decoder=args.unlock_decoder,
+        sd.unet, controlnet, precision=PRECISIONS[args.mixed_precision], unlock_decoder=args.unlock_decoder,
         only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
     )  # fmt: skip
     place(denoiser, run.device)
@@ -132,12 +129,14 @@ def train(
             context = torch.where(dropped[:, None, None], empty_prompt, batch.context)
             with run.accumulating(model, last=i + 1 == batches_per_step):
                 batch_loss = F.mse_loss(model(z_t, t, context, batch.hint), eps) / batches_per_step  # equation (5)
-                batch_loss.backward()
+                run.scaler.scale(batch_loss).backward()
             loss += batch_loss.detach()
             names += batch.names
+        run.scaler.unscale_(optimizer)
         loss, gradient_norm = run.mean(loss), nn.utils.get_total_norm([p.grad for p in learning]).item()
         run.check(step, loss, gradient_norm, names)
-        optimizer.step()
+        run.scaler.step(optimizer)
+        run.scaler.update()
         optimizer.zero_grad()
 
         entry = {"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate}
@@ -153,7 +152,7 @@ def train(
 
 
 def export(args: Namespace, run: Run, denoiser: Denoiser) -> None:
-    """Write controlnet.safetensors, for sample.py and other programs; a decoder that was trained goes along."""
+    """Write controlnet.safetensors, for sample.py and other programs, with a decoder that was trained; plot the log."""
     config, path = json.dumps(run.config), run.folder / "controlnet.safetensors"
     metadata = {"base": args.base, "steps": str(run.step), "config": config, "license": args.preset.license}
     decoder = {}
@@ -162,25 +161,18 @@ def export(args: Namespace, run: Run, denoiser: Denoiser) -> None:
         names, tensors = official_layout(denoiser.unet), denoiser.unet.state_dict()
         decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
     save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder)
+    plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
 
 
 def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> None:
     """Write what is left of the run's files, and say what to do next."""
-    result, plot = run.folder / "controlnet.safetensors", run.folder / "convergence.png"
     if run.step == run.start:  # nothing was left to do, but maybe the run was killed between checkpoint and this file
         export(args, run, denoiser)
-    plot_convergence({run.folder.name: run.history}, plot)
-    print(f"wrote {result} and {plot}")
-    if run.stopping and run.step < args.max_train_steps:
-        print(f"stopped at step {run.step}; go on with: {run.command_to_go_on()}")
-        return
-    if args.validation_steps and run.step % args.validation_steps:
+    if run.step == args.max_train_steps and args.validation_steps and run.step % args.validation_steps:
         held_out.preview(denoiser.controlnet, run.step)
-    hint = str(run.folder / "previews" / "hint.png") if args.validation_steps else "HINT.png"
-    command = ["python", "sample.py", "--base", args.base, "--controlnet", str(result), "--hint", hint]
-    print("now:", shlex.join([*command, "--prompt", held_out.prompts[0]]))
+    run.say_what_next(held_out.prompts[0])
 
 
 if __name__ == "__main__":
-    run_command_line(main, "--gradient-checkpointing, --mixed-precision bf16, a lower --resolution, or a lower "
+    run_command_line(main, "--gradient-checkpointing, --mixed-precision auto, a lower --resolution, or a lower "
                      "--train-batch-size with --gradient-accumulation-steps")  # fmt: skip

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from support.norms import GroupNorm, LayerNorm
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -29,24 +31,19 @@ class UNetConfig:
     norm_groups: int = 32
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of time steps: t [B] -> float32 [B, dim], cosines first, then sines."""
-    # w_i = 10000^(-2i/dim) for i = 0 ... dim/2 - 1: from 1 down to about 1/10000 radian per time step
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
 class TimeEmbedding(nn.Sequential):
-    """Time steps t int64 [B] -> [B, 4 * model_channels], an input of every ResBlock."""
+    """Time steps t int64 [B] -> sinusoids, cosines first -> [B, 4 * model_channels], an input of every ResBlock."""
 
     def __init__(self, model_channels):
         width = 4 * model_channels
         super().__init__(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.model_channels = model_channels
+        self.half = model_channels // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(timestep_embedding(t, self.model_channels).to(self[0].weight.dtype))
+        # w_i = 10000^(-i/half) for i = 0 ... half - 1: from 1 down to about 1/10000 radian per time step
+        frequencies = torch.exp(-math.log(10000) * torch.arange(self.half, device=t.device) / self.half)
+        angles = t.float()[:, None] * frequencies
+        return super().forward(torch.cat([angles.cos(), angles.sin()], dim=1).to(self[0].weight.dtype))
 
 
 class ResBlock(nn.Module):
@@ -57,10 +54,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, time_channels=None, norm_groups=32, eps=1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps)
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(time_channels, out_channels) if time_channels else None
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -109,13 +106,13 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels, num_heads, context_dim, norm_groups=32):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)  # 1e-5 in the UNet's ResBlocks
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)  # 1e-5 in the UNet's ResBlocks
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.self_attention = Attention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.cross_attention = Attention(channels, num_heads, context_dim)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.feed_forward = FeedForward(channels)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -216,7 +213,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.decoder[-1].upsample = Upsample(channels)
 
-        self.norm_out = nn.GroupNorm(groups, channels)
+        self.norm_out = GroupNorm(groups, channels)
         self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: list[Tensor] | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.norms import GroupNorm
 from unet import ResBlock, Upsample
 
 
@@ -31,7 +32,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels, norm_groups):
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.to_q = nn.Conv2d(channels, channels, 1)
         self.to_k = nn.Conv2d(channels, channels, 1)
         self.to_v = nn.Conv2d(channels, channels, 1)
@@ -40,7 +41,8 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))  # [B, h*w, C]
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(Q K^T / sqrt(C)) V
+        # softmax(Q K^T / sqrt(C)) V, with an axis for its one head: without it PyTorch would make the h*w x h*w matrix
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.to_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -95,7 +97,7 @@ class Encoder(nn.Module):
             resample = Downsample if i < len(widths) - 1 else None
             self.levels.append(Level(finer_width, width, config.num_res_blocks, config.norm_groups, resample))
         self.middle = Middle(widths[-1], config.norm_groups)
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class Decoder(nn.Module):
         for i, (width, coarser_width) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             resample = Upsample if i > 0 else None
             self.levels.append(Level(coarser_width, width, config.num_res_blocks + 1, config.norm_groups, resample))
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(config.norm_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Checkpoints: checkpoints/step-N with the trained weights, the optimizer's state and the options."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -31,11 +32,13 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 def save_checkpoint(
-    folder: Path, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, config: dict, limit: int
-) -> None:
+    folder: Path, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, config: dict, limit: int,
+) -> None:  # fmt: skip
     """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete.
 
-    It holds all that the next steps depend on: the trained weights, the optimizer's state, the step and the options.
+    It holds all that the next steps depend on: the trained weights, the state of optimizer and gradient scaler, the
+    step and the options.
     The order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
     Then all but the newest `limit` go, and so do those of later steps, left by a run that was resumed before them.
     """
@@ -43,7 +46,8 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
     parts = {part: module.state_dict() for part, module in trained.items()}
     weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-    save_tensors(weights | optimizer_tensors(optimizer), temporary / "state.safetensors")
+    metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
+    save_tensors(weights | optimizer_tensors(optimizer), temporary / "state.safetensors", metadata)
     save_json({"step": step} | config, temporary / "config.json")
     shutil.rmtree(final, ignore_errors=True)
     move(temporary, final)
@@ -89,14 +93,17 @@ def check_config(path: Path, config: dict) -> int:
     return saved.get("step", 0)
 
 
-def load_checkpoint(path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Load `trained` and `optimizer` from a checkpoint of the same training. Raises UserError when it does not fit."""
-    tensors, _ = read_tensors(path / "state.safetensors")
+def load_checkpoint(
+    path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Load the state of a checkpoint of the same training. Raises UserError when it does not fit."""
+    tensors, metadata = read_tensors(path / "state.safetensors")
     try:
         for part, module in trained.items():
             prefix = f"trained.{part}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         load_optimizer_tensors(optimizer, tensors)
+        scaler.load_state_dict(json.loads(metadata.get("scaler", "{}")))
     except (RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise UserError(f"{path / 'state.safetensors'} does not fit ({reason}): resume from another one") from None

@@ -1,4 +1,4 @@
-"""Where tensors live, and how memory is laid out there."""
+"""Where tensors live, how memory is laid out there, and in which precision is computed."""
 
 import contextlib
 import ctypes
@@ -14,20 +14,60 @@ from support.errors import UserError
 def choose_device(name: str | None, tune: bool = True) -> torch.device:
     """The device called `name`, by default a GPU if there is one. Raises UserError when there is no such device.
 
-    A CPU is tuned for repeatable sums and for memory that is used again, unless `tune` is False.
+    Under torchrun that is the process's own. A CPU is tuned for repeatable sums and for memory that is used again,
+    unless `tune` is False.
     """
     try:
-        if name is None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if name in (None, "cuda") and torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         else:
-            device = torch.empty(0, device=name).device
+            device = torch.empty(0, device=name or "cpu").device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}): leave it out, or take cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # for what asks for "cuda" alone
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes: worth trying out the kernels once
     if device.type == "cpu" and tune:
         os.environ.setdefault("MKL_CBWR", "AUTO")  # sums always in the same order, so that runs are equal bit for bit
         keep_freed_memory()
     return device
+
+
+def describe(device: torch.device) -> str:
+    """What the user knows the device as: "cuda:0 (NVIDIA GeForce RTX 3090, 25 GB)", "cpu (2 threads)"."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return f"{device} ({card.name}, {card.total_memory / 1e9:.0f} GB)"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def warn_if_slow(unet: nn.Module, device: torch.device) -> None:
+    """Say so when a model of Stable Diffusion's size is to run on a CPU."""
+    if device.type == "cpu" and not small(unet):
+        print("warning: Stable Diffusion 1.5 on a CPU takes seconds a step at 256x256, far longer at 512x512; for a "
+              "GPU install PyTorch's CUDA build", file=sys.stderr)  # fmt: skip
+
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def native_half(device: torch.device) -> str:
+    """The half precision that the device is fast in, "bf16" or "fp16"; "no" where there is none, or it isn't known.
+
+    GPUs before Ampere, and CPUs without instructions for it, compute bf16 by detours, slower than float32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else "no"
+
+
+def sampling_precision(word: str, device: torch.device) -> torch.dtype:
+    """What --precision means. "auto" is half precision on a GPU alone, so that pictures do not depend on the CPU."""
+    if word == "auto":
+        word = native_half(device) if device.type == "cuda" else "fp32"
+    return PRECISIONS[word]
 
 
 def keep_freed_memory() -> None:
@@ -43,13 +83,17 @@ def keep_freed_memory() -> None:
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's free end is not given back
 
 
+def small(module: nn.Module) -> bool:
+    """Whether it is of the miniature's size rather than Stable Diffusion's."""
+    return sum(p.numel() for p in module.parameters()) < 100e6
+
+
 def place(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device; there its convolutions get channels_last where that pays.
 
     On CUDA it is the format of the fast kernels (not measured here). On a CPU it pays for a small model only: at
     SD 1.5's width AdamW loses more than the convolutions gain.
     """
-    small = sum(p.numel() for p in module.parameters()) < 100e6
-    if device.type == "cuda" or small:
+    if device.type == "cuda" or small(module):
         return module.to(device, memory_format=torch.channels_last)
     return module.to(device)

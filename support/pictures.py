@@ -26,8 +26,20 @@ def save_picture(picture: Image.Image, path: Path, settings: dict | None = None)
     """Write a PNG; `settings` go into its text chunk "settings" as JSON."""
     info = PngImagePlugin.PngInfo()
     if settings:
-        info.add_text("settings", json.dumps(settings))
+        info.add_text("settings", json.dumps(settings, default=str))
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_samples(images: Tensor, hints: list[Tensor], path: Path, seed: int, settings: dict) -> None:
+    """Write the row of hints [3, H, W] in [0, 1] and samples [N, 3, H, W] in [-1, 1], and each sample as NAME-i.png.
+
+    Each has the settings that make it alone; sample i's seed is `seed` + i.
+    """
+    samples = [to_picture(image) for image in images]
+    for i, sample in enumerate(samples):
+        alone = settings | {"seed": seed + i, "num_samples": 1}
+        save_picture(sample, path.with_name(f"{path.stem}-{i}.png"), alone)
+    save_picture(side_by_side([*(to_picture(hint * 2 - 1) for hint in hints), *samples]), path, settings)
 
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from support.cache import CachedPairs, ignore_interrupt
 from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, steps_in
-from support.devices import choose_device
+from support.devices import choose_device, describe, native_half
 from support.errors import UserError
 from support.files import save_json
 from support.log import Log
@@ -66,12 +66,9 @@ class Run:
         if self.processes > 1:
             self.join_processes()
         self.log_book, self.history, self.bar, self.shown = None, [], None, {}
-        self.signals, self.stopping = [], False
+        self.signals, self.stopping, self.skipped = [], False, False
 
     def join_processes(self) -> None:
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one encodes
 
@@ -80,6 +77,11 @@ class Run:
 
         Raises UserError when a run is resumed with options that change its result.
         """
+        if args.mixed_precision == "auto":
+            args.mixed_precision = native_half(self.device)
+        # fp16 has no numbers below 6e-8: the loss is scaled up, so that small gradients are not rounded to 0.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.mixed_precision == "fp16")
+        self.say(f"training on {describe(self.device)}, mixed precision: {args.mixed_precision}")
         self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
         if args.resume_from_checkpoint:
@@ -114,7 +116,7 @@ class Run:
     def resume(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Load the checkpoint, if there is one, and open the log where it left off."""
         if self.checkpoint:
-            load_checkpoint(self.checkpoint, trained, optimizer)
+            load_checkpoint(self.checkpoint, trained, optimizer, self.scaler)
         if self.writes:
             save_json(self.config, self.folder / "config.json")
             self.log_book = Log(self.folder, self.start, self.args.report_to == "tensorboard")
@@ -124,7 +126,8 @@ class Run:
         """The model as it is trained: compiled if asked for, its gradients averaged over the processes."""
         if self.args.compile:
             model = torch.compile(model)
-        return DistributedDataParallel(model) if self.processes > 1 else model
+        # The gradients live where they are exchanged: 1.4 GB less on each card at SD 1.5's size.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.processes > 1 else model
 
     def batches(self, pairs: CachedPairs) -> Iterator[Batch]:
         """Batches of shuffled pairs without end, from the one that the next step needs."""
@@ -138,8 +141,8 @@ class Run:
         )  # fmt: skip
         for number, (indices, *tensors) in enumerate(loader, start=first):
             names = [pairs.pairs.name(i) for i in indices.tolist()]
-            tensors = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
-            yield Batch(number, size * self.processes, names, *tensors)
+            hint, *encoded = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+            yield Batch(number, size * self.processes, names, hint.float() / 255, *encoded)
 
     # At each step
 
@@ -187,8 +190,12 @@ class Run:
         return value.item() / self.processes
 
     def check(self, step: int, loss: float, gradient_norm: float, names: list[str]) -> None:
-        """Raise UserError before a loss or gradient that is not finite gets into the weights."""
-        if not math.isfinite(loss + gradient_norm):
+        """Raise UserError before a loss or gradient that is not finite gets into the weights.
+
+        In fp16 the scaler passes over a step whose gradients overflowed, and scales the next ones less.
+        """
+        self.skipped = math.isfinite(loss) and not math.isfinite(gradient_norm) and self.scaler.get_scale() > 1
+        if not math.isfinite(loss + gradient_norm) and not self.skipped:
             good = max(steps_in(self.folder / "checkpoints").items(), default=(0, "none yet"))[1]
             raise UserError(
                 f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; last good "
@@ -202,6 +209,8 @@ class Run:
     def log(self, entry: dict) -> None:
         """Write a finished step to the log; `history` are the entries of all steps so far."""
         self.step = entry["step"]
+        if self.skipped:
+            entry = entry | {"gradient_norm": None, "skipped": True}
         if self.writes:
             self.log_book.write(entry)
             formats = {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}
@@ -223,11 +232,19 @@ class Run:
     def save(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint of the last logged step."""
         limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.folder / "checkpoints", self.step, trained, optimizer, self.config, limit)
+        save_checkpoint(self.folder / "checkpoints", self.step, trained, optimizer, self.scaler, self.config, limit)
 
-    def command_to_go_on(self) -> str:
-        resuming = self.args.resume_from_checkpoint == "latest"
-        return shlex.join(["python", *sys.argv, *([] if resuming else ["--resume-from-checkpoint", "latest"])])
+    def say_what_next(self, prompt: str) -> None:
+        """The command that goes on with a stopped run, or samples what was learned."""
+        result = self.folder / "controlnet.safetensors"
+        self.say(f"wrote {result} and {self.folder / 'convergence.png'}")
+        if self.step < self.args.max_train_steps:
+            more = [] if self.args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
+            self.say(f"stopped at step {self.step}; go on with: {shlex.join(['python', *sys.argv, *more])}")
+        else:
+            hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
+            command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]
+            self.say(f"now: {shlex.join([*command, '--prompt', prompt])}")
 
     def close(self) -> None:
         if self.log_book:

@@ -3,17 +3,19 @@ import json
 import pytest
 import torch
 from PIL import Image
-from standin import SAMPLE, run_main
+from standin import ROOT, SAMPLE, run_main
 
 import sample
 from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule
 from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
-from support.pictures import fit_image, open_image
+from support.devices import PRECISIONS, sampling_precision
+from support.pictures import fit_image, open_image, read_strip
 from weights import save_controlnet
 
 HINT = SAMPLE / "source" / "0.png"
+SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +122,78 @@ def test_command_line(tiny, controlnet, tmp_path, monkeypatch, capsys):
     assert row.size == (3 * 128, 128) and first.size == second.size == (128, 128)
     assert row.crop((128, 0, 256, 128)).tobytes() == first.tobytes()
     settings = json.loads(second.text["settings"])
-    assert (settings["seed"], settings["num_samples"], settings["steps"]) == (4, 1, 2)
+    assert (settings["seed"], settings["num_samples"], settings["sampling_steps"]) == (4, 1, 2)
     # Made again from what the picture says.
     run_main(
         monkeypatch, sample, "--base", settings["base"], "--controlnet", settings["controlnet"][0], "--hint",
-        settings["hint"][0], "--prompt", settings["prompt"], "--steps", settings["steps"],
+        settings["hint"][0], "--prompt", settings["prompt"], "--steps", settings["sampling_steps"],
         "--guidance-scale", settings["guidance_scale"], "--strength", settings["strength"][0],
         "--control-mode", settings["control_mode"], "--resolution", settings["resolution"],
+        "--control-start", settings["control_start"], "--control-end", settings["control_end"],
+        "--precision", settings["precision"],
         "--seed", settings["seed"], "--output", tmp_path / "again.png",
     )  # fmt: skip
     again = torch.frombuffer(bytearray(Image.open(tmp_path / "again-0.png").tobytes()), dtype=torch.uint8)
     before = torch.frombuffer(bytearray(second.tobytes()), dtype=torch.uint8)
     assert (again.int() - before.int()).abs().max() <= 1  # another batch size: float32 rounding
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps"), [(0, 1, [0, 1, 2, 3, 4]), (0.4, 1, [2, 3, 4]), (0, 0.6, [0, 1, 2]), (0.5, 0.55, [])]
+)
+def test_control_start_and_end(start, end, steps, tiny, controlnet, hint, monkeypatch):
+    """Shares of the steps, as in diffusers: a step counts if it lies within. The hint is encoded once a picture."""
+    ran, now, hints = [], [], []
+    residuals, forward, encode = controlnet.residuals, tiny.unet.forward, controlnet.hint_encoder.forward
+    monkeypatch.setattr(controlnet, "residuals", lambda *inputs: ran.append(len(now)) or residuals(*inputs))
+    monkeypatch.setattr(tiny.unet, "forward", lambda *inputs: now.append(1) or forward(*inputs))
+    monkeypatch.setattr(controlnet.hint_encoder, "forward", lambda hint: hints.append(1) or encode(hint))
+    shares = {"control_start": start, "control_end": end}
+    settings = {"prompts": ["red circle"], "steps": 5, "guidance_scale": 3.0}
+    image = generate(tiny, [controlnet], [hint], **settings, **shares)
+    assert (ran, len(now), len(hints)) == (steps, 5, 1)
+    base = generate(tiny, [], [], size=(64, 64), **settings)
+    assert torch.equal(image, base) == (not steps)
+
+
+def test_many_images_are_sampled_in_parts(tiny, controlnet, hint, monkeypatch):
+    batches, forward = [], tiny.unet.forward
+    monkeypatch.setattr(tiny.unet, "forward", lambda z, *others: batches.append(len(z)) or forward(z, *others))
+    settings = {"steps": 1, "guidance_scale": 3.0, "both_sides": False}
+    images = generate(tiny, [controlnet], [hint.expand(11, -1, -1, -1)], [""] * 11, **settings)
+    assert len(images) == 11 and batches == [16, 6]  # both sides of guidance
+    last = generate(tiny, [controlnet], [hint], [""], seed=10, **settings)
+    assert (images[10] - last[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(precision, tmp_path, monkeypatch):
+    """UNet and ControlNet compute in it; the VAE, whose numbers can be too large for fp16, and the text do not."""
+    used, real = {}, generate
+
+    def spy(sd, controlnets, *others, **options):
+        networks = {"unet": sd.unet, "controlnet": controlnets[0], "vae": sd.vae, "text": sd.text_encoder}
+        used.update({name: {p.dtype for p in network.parameters()} for name, network in networks.items()})
+        return real(sd, controlnets, *others, **options)
+
+    monkeypatch.setattr(sample, "generate", spy)
+    options = ["--controlnet", SHIPPED, "--hint", HINT, "--steps", "2", "--resolution", "64", "--prompt", "red circle"]
+    for word in (precision, "fp32"):
+        run_main(monkeypatch, sample, *options, "--precision", word, "--output", tmp_path / f"{word}.png")
+        dtype = PRECISIONS[word]
+        assert used == {"unet": {dtype}, "controlnet": {dtype}, "vae": {torch.float32}, "text": {torch.float32}}
+    half, full = (read_strip(tmp_path / f"{word}-0.png", 1) for word in (precision, "fp32"))
+    assert 0 < (half - full).abs().mean() < 0.05  # of a range of 2
+
+
+def test_auto_is_half_on_a_gpu_alone(monkeypatch):
+    for bf16, half in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        assert sampling_precision("auto", torch.device("cuda", 0)) == half
+        assert sampling_precision("fp32", torch.device("cuda", 0)) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert sampling_precision("auto", torch.device("cpu")) == torch.float32
+    assert sampling_precision("bf16", torch.device("cpu")) == torch.bfloat16
 
 
 def test_base_alone(tmp_path, monkeypatch):

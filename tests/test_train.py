@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from controlnet import ControlNet, Denoiser
 from convergence import RESPONSE_TIMES, HeldOut
 from data import DrawnImages
 from sample import load_decoders
-from stable_diffusion import StableDiffusion
+from stable_diffusion import SD15, StableDiffusion
+from support.devices import native_half, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.randomness import generator_for, index_batches
+from unet import UNet
 from weights import load_controlnet, official_state_dict
 
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
@@ -220,6 +223,44 @@ def test_only_mid_control(tmp_path, monkeypatch):
     assert all(conv.weight.count_nonzero() == conv.bias.count_nonzero() == 0 for conv in controlnet.zero_convs)
     assert controlnet.middle_zero_conv.weight.count_nonzero() > 0
     assert controlnet.hint_encoder[-1].weight.count_nonzero() > 0
+
+
+def test_fp16_passes_over_a_step_that_overflows(tmp_path, monkeypatch):
+    """The scale is halved, the weights stay; what is not the scale's fault stops the run all the same."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
+    options = [*QUICK, "--mixed-precision", "fp16", "--validation-steps", "0", "--validation-hints", "1"]
+    options += ["--max-train-steps", "2", "--output-dir", tmp_path]
+    run_main(monkeypatch, train, *options)
+    log = read_run(tmp_path)
+    assert [(entry["skipped"], entry["gradient_norm"]) for entry in log] == [(True, None)] * 2
+    saved, metadata = read_tensors(tmp_path / "checkpoints" / "step-2" / "state.safetensors")
+    assert json.loads(metadata["scaler"])["scale"] == 2.0**58
+    assert saved["trained.controlnet.middle_zero_conv.weight"].count_nonzero() == 0
+    monkeypatch.setattr(train.F, "mse_loss", lambda a, b: (a - b).square().mean() * float("nan"))
+    with pytest.raises(UserError, match="step 3: loss nan"):
+        run_main(monkeypatch, train, *options[:-4], "--max-train-steps", "3", "--output-dir", tmp_path,
+                 "--resume-from-checkpoint", "latest")  # fmt: skip
+
+
+def test_auto_takes_what_the_device_is_fast_in(monkeypatch):
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for bf16, word in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+        assert native_half(cuda) == word
+    for instructions, word in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda instructions=instructions: instructions)
+        assert native_half(cpu) == word
+    assert native_half(torch.device("meta")) == "no"
+
+
+def test_where_it_runs_is_said(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, train, *QUICK, "--max-train-steps", "1", "--device", "cpu", "--output-dir", tmp_path)
+    said = capsys.readouterr()
+    assert f"training on cpu ({torch.get_num_threads()} threads), mixed precision: no" in said.out
+    assert "CPU" not in said.err  # the miniature is made for it
+    with torch.device("meta"):
+        warn_if_slow(UNet(SD15.unet), torch.device("cpu"))
+    assert "warning: Stable Diffusion 1.5 on a CPU takes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
