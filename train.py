@@ -174,5 +174,5 @@ def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> 
 
 
 if __name__ == "__main__":
-    run_command_line(main, "--gradient-checkpointing, --mixed-precision auto, a lower --resolution, or a lower "
-                     "--train-batch-size with --gradient-accumulation-steps")  # fmt: skip
+    run_command_line(main, "--gradient-checkpointing, --validation-steps 0, --mixed-precision auto, a lower "
+                     "--resolution, or a lower --train-batch-size with --gradient-accumulation-steps")  # fmt: skip

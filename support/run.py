@@ -210,7 +210,7 @@ class Run:
         """Write a finished step to the log; `history` are the entries of all steps so far."""
         self.step = entry["step"]
         if self.skipped:
-            entry = entry | {"gradient_norm": None, "skipped": True}
+            entry = {name: value for name, value in entry.items() if name != "gradient_norm"} | {"skipped": True}
         if self.writes:
             self.log_book.write(entry)
             formats = {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}

@@ -232,7 +232,7 @@ def test_fp16_passes_over_a_step_that_overflows(tmp_path, monkeypatch):
     options += ["--max-train-steps", "2", "--output-dir", tmp_path]
     run_main(monkeypatch, train, *options)
     log = read_run(tmp_path)
-    assert [(entry["skipped"], entry["gradient_norm"]) for entry in log] == [(True, None)] * 2
+    assert [entry.keys() for entry in log] == [{"step", "loss", "lr", "skipped"}] * 2
     saved, metadata = read_tensors(tmp_path / "checkpoints" / "step-2" / "state.safetensors")
     assert json.loads(metadata["scaler"])["scale"] == 2.0**58
     assert saved["trained.controlnet.middle_zero_conv.weight"].count_nonzero() == 0
