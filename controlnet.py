@@ -121,9 +121,8 @@ class ControlNet(nn.Module):
 class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
-    What is locked and what learns is set here: the UNet is locked (Θ in equation 2), the ControlNet learns. `trained`
-    holds the modules that learn, by name, in float32. `precision` is what is computed in, by autocast; the locked part
-    is stored in it too.
+    What is locked and what learns is set here: the UNet is locked (Θ in equation 2) and stored in `precision`, which
+    autocast computes in; the ControlNet learns. `trained` holds the modules that learn, by name, in float32.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
-from support.devices import choose_device, describe, sampling_precision, warn_if_slow
+from support.devices import PRECISIONS, choose_device, describe, sampling_precision, warn_if_slow
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
 from support.hub import locate
@@ -52,7 +52,8 @@ def generate(
     precision = sd.unet.encoder[0].conv.weight.dtype  # of a UNet in half precision; else autocast does nothing
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with autocast:
-        conditions = [net.hint_encoder(hint.to(device)) for net, hint in zip(controlnets, hints, strict=True)]
+        hints = [[part.to(device) for part in hint.split(AT_ONCE)] for hint in hints]
+        conditions = [torch.cat([*map(net.hint_encoder, parts)]) for net, parts in zip(controlnets, hints, strict=True)]
     seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
     steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
 
@@ -138,8 +139,9 @@ def main() -> None:
     load_decoders(sd, paths)
     print(f"sampling on {describe(device)}")
     warn_if_slow(sd.unet, device)
+    args.precision = sampling_precision(args.precision, device)
     for module in (sd.unet, *controlnets):
-        module.to(device, sampling_precision(args.precision, device))
+        module.to(device, PRECISIONS[args.precision])
     sd.to(device)  # text encoder and VAE stay in float32: the VAE's numbers can be too large for fp16
     args = options.with_defaults(args, sd.preset)
     hints = [fit_image(picture, args.resolution, square=False) for picture in pictures]

@@ -88,8 +88,7 @@ def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, 
     sd.to(run.device)
     with run.one_process_first():
         pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-        cache, size = run.folder / "cache", args.train_batch_size
-        cached = cache_latents(sd, pairs, held_out_pairs, cache, size, args.num_workers, ready=not run.writes)
+        cached = cache_latents(sd, pairs, held_out_pairs, run.folder / "cache", args.num_workers, ready=not run.writes)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)

@@ -40,10 +40,10 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))  # [B, h*w, C]
-        # softmax(Q K^T / sqrt(C)) V, with an axis for its one head: without it PyTorch would make the h*w x h*w matrix
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.to_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+        # [B, 1, h*w, C]: only with an axis for the one head, and contiguous, is no h*w x h*w matrix made
+        q, k, v = (f(h).flatten(2).mT[:, None].contiguous() for f in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # softmax(Q K^T / sqrt(C)) V
+        return x + self.to_out(h.mT.unflatten(2, x.shape[2:]))
 
 
 class Middle(nn.Module):

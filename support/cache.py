@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from support.devices import native_half
+from support.devices import fast_precision
 from support.errors import UserError, warn_if_cut
 from support.files import read_json, save_json
 from support.listing import refuse_broken
@@ -92,9 +92,18 @@ class Targets(Dataset):
             return str(error)
 
 
+def encoded_so_far(folder: Path, state: dict, key: dict, count: int) -> int:
+    """How many images a stopped encoding has left in `folder`, if it was of the same base and pairs."""
+    done = state.get("images")
+    with contextlib.suppress(OSError, ValueError):  # no array there, or a broken one
+        if state == key | {"images": done} and len(np.load(folder / "moments.npy", mmap_mode="r")) == count:
+            return done
+    return 0
+
+
 @torch.no_grad()
 def cache_latents(
-    sd, pairs, held_out, folder: Path, batch_size: int = 4, num_workers: int = 0, ready: bool = False
+    sd, pairs, held_out, folder: Path, num_workers: int = 0, batch_size: int = 4, ready: bool = False
 ) -> CachedPairs:
     """Encode all targets and prompts into `folder`, unless what is there belongs to the same base and pairs.
 
@@ -115,7 +124,7 @@ def cache_latents(
         state = read_json(state_file)
     if state == finished:
         return CachedPairs(pairs, folder)
-    first = state["images"] if state == key | {"images": state.get("images")} else 0
+    first = encoded_so_far(folder, state, key, len(pairs))
     warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
 
     def encoded_images() -> Iterator[Tensor]:
@@ -123,15 +132,14 @@ def cache_latents(
         loader = DataLoader(
             targets, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_interrupt
         )
-        bfloat16 = sd.device.type == "cuda" and native_half(sd.device) == "bf16"  # in fp16 the VAE can overflow
-        bar = tqdm(desc="encoding images, once", initial=first, total=len(pairs), unit="image")
-        for batch in loader:
-            broken.extend(item for item in batch if isinstance(item, str))
-            if not broken:  # else the rest is only looked at
-                with torch.autocast(sd.device.type, torch.bfloat16, enabled=bfloat16):
-                    yield sd.vae.encode(torch.stack(batch).to(sd.device))
-            bar.update(len(batch))
-        bar.close()
+        bfloat16 = sd.device.type == "cuda" and fast_precision(sd.device) == "bf16"  # in fp16 the VAE can overflow
+        with tqdm(desc="encoding images, once", initial=first, total=len(pairs), unit="image") as bar:
+            for batch in loader:
+                broken.extend(item for item in batch if isinstance(item, str))
+                if not broken:  # else the rest is only looked at
+                    with torch.autocast(sd.device.type, torch.bfloat16, enabled=bfloat16):
+                        yield sd.vae.encode(torch.stack(batch).to(sd.device))
+                bar.update(len(batch))
         checked = Targets(held_out)
         broken.extend(item for item in (checked[i] for i in range(len(checked))) if isinstance(item, str))
 
@@ -139,39 +147,43 @@ def cache_latents(
         for i in tqdm(range(0, len(prompts), batch_size), desc="encoding prompts", unit="batch"):
             yield sd.encode_prompts(prompts[i : i + batch_size])
 
+    def note(done: int) -> None:
+        save_json(key | {"images": done}, state_file)
+
     try:
         if first == 0:
             state_file.unlink(missing_ok=True)
-        for done in write_rows(folder / "moments.npy", len(pairs), encoded_images(), first):
-            save_json(key | {"images": done}, state_file)
+        write_rows(folder / "moments.npy", len(pairs), encoded_images(), first, note)
         if broken:
             shutil.rmtree(folder, ignore_errors=True)
             names = {some.name(i) for some in (pairs, held_out) for i in range(len(some))}
             refuse_broken(list(dict.fromkeys(broken)), len(names), "the pairs")  # few pairs are in both
-        for _ in write_rows(folder / "contexts.npy", len(prompts), encoded_prompts()):
-            pass
+        write_rows(folder / "contexts.npy", len(prompts), encoded_prompts())
         save_json(finished, state_file)
     except OSError as error:
         raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
     return CachedPairs(pairs, folder)
 
 
-def write_rows(path: Path, count: int, batches: Iterator[Tensor], first: int = 0) -> Iterator[int]:
+def write_rows(
+    path: Path, count: int, batches: Iterator[Tensor], first: int = 0, note: Callable[[int], None] = lambda done: None
+) -> None:
     """Write rows that come in batches as one float16 array of `count`, from row `first` on; what was before stays.
 
-    Yields how many rows are on the disk, now and then and at the end. Raises UserError when the disk is too small.
+    Now and then, and at the end, `note` is told how many are on the disk. Raises UserError when the disk is too small.
     """
     rows, done = None, first
     for batch in batches:
         batch = batch.half().cpu().numpy()
         if rows is None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            needed = 2 * (count - first) * math.prod(batch.shape[1:])
+            if shutil.disk_usage(path.parent).free < needed:
+                raise UserError(f"{path.parent} needs {needed / 1e9:.1f} GB for {path.name}: make room")
             shape = (count, *batch.shape[1:])
-            if first == 0 and shutil.disk_usage(path.parent).free < 2 * math.prod(shape):
-                raise UserError(f"{path.parent} needs {2 * math.prod(shape) / 1e9:.1f} GB for {path.name}: make room")
             rows = np.lib.format.open_memmap(path, "r+" if first else "w+", np.float16, shape)
         rows[done : done + len(batch)] = batch
         done += len(batch)
         if done == count or done // FLUSH_EVERY > (done - len(batch)) // FLUSH_EVERY:
             rows.flush()
-            yield done
+            note(done)

@@ -18,16 +18,16 @@ def choose_device(name: str | None, tune: bool = True) -> torch.device:
     unless `tune` is False.
     """
     try:
-        if name in (None, "cuda") and torch.cuda.is_available():
+        launched = "LOCAL_RANK" in os.environ and (name or "cuda").startswith("cuda")
+        if torch.cuda.is_available() and (launched or name in (None, "cuda")):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         else:
             device = torch.empty(0, device=name or "cpu").device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for what asks for "cuda" alone
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}): leave it out, or take cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # for what asks for "cuda" alone
-        torch.backends.cudnn.benchmark = True  # every step has the same shapes: worth trying out the kernels once
     if device.type == "cpu" and tune:
         os.environ.setdefault("MKL_CBWR", "AUTO")  # sums always in the same order, so that runs are equal bit for bit
         keep_freed_memory()
@@ -52,7 +52,7 @@ def warn_if_slow(unet: nn.Module, device: torch.device) -> None:
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def native_half(device: torch.device) -> str:
+def fast_precision(device: torch.device) -> str:
     """The half precision that the device is fast in, "bf16" or "fp16"; "no" where there is none, or it isn't known.
 
     GPUs before Ampere, and CPUs without instructions for it, compute bf16 by detours, slower than float32.
@@ -63,11 +63,11 @@ def native_half(device: torch.device) -> str:
     return "bf16" if instructions.get("avx512_bf16") or instructions.get("amx_bf16") else "no"
 
 
-def sampling_precision(word: str, device: torch.device) -> torch.dtype:
+def sampling_precision(word: str, device: torch.device) -> str:
     """What --precision means. "auto" is half precision on a GPU alone, so that pictures do not depend on the CPU."""
     if word == "auto":
-        word = native_half(device) if device.type == "cuda" else "fp32"
-    return PRECISIONS[word]
+        return fast_precision(device) if device.type == "cuda" else "fp32"
+    return word
 
 
 def keep_freed_memory() -> None:

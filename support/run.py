@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from support.cache import CachedPairs, ignore_interrupt
 from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, steps_in
-from support.devices import choose_device, describe, native_half
+from support.devices import choose_device, describe, fast_precision
 from support.errors import UserError
 from support.files import save_json
 from support.log import Log
@@ -78,7 +78,7 @@ class Run:
         Raises UserError when a run is resumed with options that change its result.
         """
         if args.mixed_precision == "auto":
-            args.mixed_precision = native_half(self.device)
+            args.mixed_precision = self.agree(fast_precision(self.device))
         # fp16 has no numbers below 6e-8: the loss is scaled up, so that small gradients are not rounded to 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.mixed_precision == "fp16")
         self.say(f"training on {describe(self.device)}, mixed precision: {args.mixed_precision}")
@@ -97,6 +97,13 @@ class Run:
             for step, path in steps_in(self.folder / "previews", ".png").items():
                 if step > self.start or self.start == 0:
                     path.unlink()
+
+    def agree(self, precision: str) -> str:
+        """One precision for all processes, though their cards differ: one that none of them is slow in."""
+        words = [precision] * self.processes
+        if self.processes > 1:
+            distributed.all_gather_object(words, precision)
+        return max(words, key=("bf16", "fp16", "no").index)
 
     def say(self, *lines: str) -> None:
         for line in lines if self.writes else ():
@@ -126,7 +133,7 @@ class Run:
         """The model as it is trained: compiled if asked for, its gradients averaged over the processes."""
         if self.args.compile:
             model = torch.compile(model)
-        # The gradients live where they are exchanged: 1.4 GB less on each card at SD 1.5's size.
+        # Gradients live where they are exchanged, not beside it: 1.4 GB less on each card at SD 1.5's size.
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.processes > 1 else model
 
     def batches(self, pairs: CachedPairs) -> Iterator[Batch]:

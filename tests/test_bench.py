@@ -90,6 +90,6 @@ def test_command_line():
 )
 def test_a_busy_machine_gives_no_ratio(running, seconds, quiet):
     results = [[{"seconds": [s, s], "running": running} for s in rounds] for rounds in seconds]
-    refuse_if_busy(Namespace(work="load"), [[r | {"seconds": [1]} for r in side] for side in results])
+    refuse_if_busy(Namespace(work="load", device="cpu"), [[r | {"seconds": [1]} for r in side] for side in results])
     with contextlib.nullcontext() if quiet else pytest.raises(UserError, match="no ratio: the machine was busy"):
-        refuse_if_busy(Namespace(work="train"), results)
+        refuse_if_busy(Namespace(work="train", device="cpu"), results)

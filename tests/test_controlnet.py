@@ -4,12 +4,13 @@ import pytest
 import torch
 from standin import golden, small_unet
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, encoder_channels, zero_conv
 from stable_diffusion import SD15, TINY
 from support.block_table import block_table
 from unet import ResBlock, SpatialTransformer, UNet
-from vae import AutoencoderKL
+from vae import AutoencoderKL, SpatialAttention
 
 
 def random_inputs(config, dtype=torch.float32):
@@ -208,3 +209,14 @@ def test_gradient_checkpointing_changes_nothing():
         unet(x, t, context, controlnet(x, hint, t, context)).square().mean().backward()
         gradients.append([p.grad.clone() for p in controlnet.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_the_vae_s_attention_makes_no_matrix():
+    """Of all pairs of positions: gigabytes for a large picture. Where only the fused kernel is allowed, it fits."""
+    torch.manual_seed(0)
+    attention, x = SpatialAttention(64, 8), torch.randn(2, 64, 16, 24)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        fused = attention(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert (fused - attention(x)).abs().max() < 1e-5  # float32 sums in another order

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from standin import SAMPLE, deviation, read_run, run_main, small_unet, stand_in
+from standin import ROOT, SAMPLE, deviation, read_run, run_main, small_unet, stand_in
 
 import sample
 import train
@@ -10,7 +10,7 @@ from controlnet import ControlNet, Denoiser
 from diffusion import NoiseSchedule
 from sample import generate
 from stable_diffusion import StableDiffusion
-from support.devices import PRECISIONS, choose_device, native_half, place
+from support.devices import PRECISIONS, choose_device, fast_precision, place
 from support.errors import UserError
 from support.files import read_tensors
 from weights import load_controlnet, load_official
@@ -43,9 +43,11 @@ def card():
 
 
 def cap(device: torch.device, gigabytes: float) -> None:
-    """Let the process have no more than that, as on a smaller card."""
+    """Let the process have no more than that, as on a smaller card; skip the test on a card that has less."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GB / total), device)
+    if gigabytes * GB > total:
+        pytest.skip(f"needs a card of {gigabytes} GB")
+    torch.cuda.set_per_process_memory_fraction(gigabytes * GB / total, device)
 
 
 def step(device: torch.device, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,13 +90,13 @@ def test_training_and_resuming(card, precision, tmp_path, monkeypatch):
     assert states[0][1] == states[1][1] and ("growth" in states[0][1]["scaler"]) == (precision == "fp16")
     run_main(monkeypatch, train, *TRAIN, "--device", "cpu", "--output-dir", tmp_path / "cpu", "--max-train-steps", "4")
     losses = [e["loss"] for e in read_run(tmp_path / "cpu")]
-    assert [e["loss"] for e in whole] == pytest.approx(losses, rel=1e-3 if precision == "no" else 5e-2)
+    assert [e["loss"] for e in whole] == pytest.approx(losses, rel=5e-2)  # the targets are encoded in bf16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
 def test_sample_is_the_cpu_s(card, precision, tmp_path, monkeypatch):
-    options = ["--controlnet", "models/fill50k/controlnet.safetensors", "--hint", SAMPLE / "source" / "0.png"]
-    options += ["--prompt", "coral circle with blue background"]
+    options = ["--controlnet", ROOT / "models" / "fill50k" / "controlnet.safetensors"]
+    options += ["--hint", SAMPLE / "source" / "0.png", "--prompt", "coral circle with blue background"]
     for device, chosen in ((DEVICE, precision), ("cpu", "fp32")):
         output = ["--output", tmp_path / f"{device}.png", "--device", device, "--precision", chosen]
         run_main(monkeypatch, sample, *options, *output)
@@ -125,7 +127,7 @@ def test_random_numbers_do_not_depend_on_the_device(card):
 
 
 def test_the_precision_follows_the_card(card):
-    assert native_half(card) == ("bf16" if torch.cuda.get_device_capability(card)[0] >= 8 else "fp16")
+    assert fast_precision(card) == ("bf16" if torch.cuda.get_device_capability(card)[0] >= 8 else "fp16")
     assert choose_device(None) == card == torch.device("cuda", torch.cuda.current_device())
 
 
@@ -170,7 +172,7 @@ def test_memory_of_sampling(card, size, counted, checkpoint, control_checkpoint)
     sd = StableDiffusion.load(str(checkpoint("sd15")))
     controlnet = load_controlnet(control_checkpoint("sd15"), sd.unet)
     for module in (sd.unet, controlnet):
-        module.to(card, PRECISIONS[native_half(card)])
+        module.to(card, PRECISIONS[fast_precision(card)])
     sd.to(card)
     images = generate(sd, [controlnet], [torch.rand(1, 3, size, size)], ["a house"], steps=2)
     assert images.isfinite().all()

@@ -20,7 +20,7 @@ from convergence import RESPONSE_TIMES, HeldOut
 from data import DrawnImages
 from sample import load_decoders
 from stable_diffusion import SD15, StableDiffusion
-from support.devices import native_half, warn_if_slow
+from support.devices import fast_precision, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.randomness import generator_for, index_batches
@@ -246,11 +246,11 @@ def test_auto_takes_what_the_device_is_fast_in(monkeypatch):
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     for bf16, word in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
-        assert native_half(cuda) == word
+        assert fast_precision(cuda) == word
     for instructions, word in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda instructions=instructions: instructions)
-        assert native_half(cpu) == word
-    assert native_half(torch.device("meta")) == "no"
+        assert fast_precision(cpu) == word
+    assert fast_precision(torch.device("meta")) == "no"
 
 
 def test_where_it_runs_is_said(tmp_path, monkeypatch, capsys):
