@@ -226,20 +226,20 @@ def test_only_mid_control(tmp_path, monkeypatch):
 
 
 def test_fp16_passes_over_a_step_that_overflows(tmp_path, monkeypatch):
-    """The scale is halved, the weights stay; what is not the scale's fault stops the run all the same."""
+    """The scale is halved, the weights stay, a resumed run goes on from that scale; a loss of NaN stops it even so."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**60))
     options = [*QUICK, "--mixed-precision", "fp16", "--validation-steps", "0", "--validation-hints", "1"]
-    options += ["--max-train-steps", "2", "--output-dir", tmp_path]
-    run_main(monkeypatch, train, *options)
-    log = read_run(tmp_path)
-    assert [entry.keys() for entry in log] == [{"step", "loss", "lr", "skipped"}] * 2
-    saved, metadata = read_tensors(tmp_path / "checkpoints" / "step-2" / "state.safetensors")
-    assert json.loads(metadata["scaler"])["scale"] == 2.0**58
+    options += ["--output-dir", tmp_path]
+    run_main(monkeypatch, train, *options, "--max-train-steps", "2")
+    resume = ["--resume-from-checkpoint", "latest"]
+    run_main(monkeypatch, train, *options, "--max-train-steps", "3", *resume)
+    assert [entry.keys() for entry in read_run(tmp_path)] == [{"step", "loss", "lr", "skipped"}] * 3
+    saved, metadata = read_tensors(tmp_path / "checkpoints" / "step-3" / "state.safetensors")
+    assert json.loads(metadata["scaler"])["scale"] == 2.0**57
     assert saved["trained.controlnet.middle_zero_conv.weight"].count_nonzero() == 0
     monkeypatch.setattr(train.F, "mse_loss", lambda a, b: (a - b).square().mean() * float("nan"))
-    with pytest.raises(UserError, match="step 3: loss nan"):
-        run_main(monkeypatch, train, *options[:-4], "--max-train-steps", "3", "--output-dir", tmp_path,
-                 "--resume-from-checkpoint", "latest")  # fmt: skip
+    with pytest.raises(UserError, match="step 4: loss nan"):
+        run_main(monkeypatch, train, *options, "--max-train-steps", "4", *resume)
 
 
 def test_auto_takes_what_the_device_is_fast_in(monkeypatch):
