@@ -11,7 +11,7 @@ from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
-from support.devices import PRECISIONS, choose_device, describe, sampling_precision, warn_if_slow
+from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
 from support.hub import locate
@@ -140,9 +140,7 @@ def main() -> None:
     print(f"sampling on {describe(device)}")
     warn_if_slow(sd.unet, device)
     args.precision = sampling_precision(args.precision, device)
-    for module in (sd.unet, *controlnets):
-        module.to(device, PRECISIONS[args.precision])
-    sd.to(device)  # text encoder and VAE stay in float32: the VAE's numbers can be too large for fp16
+    place_for_sampling(sd, controlnets, device, args.precision)
     args = options.with_defaults(args, sd.preset)
     hints = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     sizes = {tuple(hint.shape[1:]) for hint in hints}

@@ -70,6 +70,16 @@ def sampling_precision(word: str, device: torch.device) -> str:
     return word
 
 
+def place_for_sampling(sd, controlnets: list[nn.Module], device: torch.device, precision: str) -> None:
+    """Move a Stable Diffusion and its ControlNets to the device; UNet and ControlNets are stored in `precision`.
+
+    Text encoder and VAE stay in float32: the VAE's numbers can be too large for fp16.
+    """
+    for module in (sd.unet, *controlnets):
+        module.to(device, PRECISIONS[precision])
+    sd.to(device)
+
+
 def keep_freed_memory() -> None:
     """Let the process keep what it frees, where the C library is glibc (elsewhere nothing is done).
 

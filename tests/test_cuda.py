@@ -10,9 +10,18 @@ from controlnet import ControlNet, Denoiser
 from diffusion import NoiseSchedule
 from sample import generate
 from stable_diffusion import StableDiffusion
-from support.devices import PRECISIONS, choose_device, fast_precision, place
-from support.errors import UserError
+from support.devices import (
+    PRECISIONS,
+    choose_device,
+    fast_precision,
+    place,
+    place_for_sampling,
+    sampling_precision,
+)
+from support.errors import UserError, run_command_line
 from support.files import read_tensors
+from support.norms import GroupNorm, LayerNorm
+from support.pictures import read_strip
 from weights import load_controlnet, load_official
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -100,16 +109,12 @@ def test_sample_is_the_cpu_s(card, precision, tmp_path, monkeypatch):
     for device, chosen in ((DEVICE, precision), ("cpu", "fp32")):
         output = ["--output", tmp_path / f"{device}.png", "--device", device, "--precision", chosen]
         run_main(monkeypatch, sample, *options, *output)
-    from support.pictures import read_strip
-
     ours, expected = (read_strip(tmp_path / f"{name}.png", 2)[1] for name in (DEVICE, "cpu"))
     assert (ours - expected).abs().mean() < (0.02 if precision == "fp32" else 0.1)  # of a range of 2
 
 
 def test_norms_stay_in_half_precision(card):
     """Under autocast too, where PyTorch's own would turn everything into float32."""
-    from support.norms import GroupNorm, LayerNorm
-
     for norm in (GroupNorm(4, 8), LayerNorm(8)):
         x = torch.randn(2, 8, 8, 8, device=card, dtype=torch.bfloat16)
         with torch.autocast("cuda", torch.bfloat16):
@@ -137,8 +142,6 @@ def test_a_card_that_is_not_there():
 
 
 def test_too_little_memory_is_one_line(card, tmp_path, monkeypatch, capsys):
-    from support.errors import run_command_line
-
     cap(card, 0.05)
     options = [*TRAIN, "--train-batch-size", "512", "--resolution", "512", "--output-dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as end:
@@ -168,12 +171,10 @@ def test_memory_of_training(card, gigabytes, counted, options, checkpoint, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "counted"), [(512, 4.1), (1024, 6.5)])
 def test_memory_of_sampling(card, size, counted, checkpoint, control_checkpoint):
-    cap(card, 6.5 if size == 512 else 12)
+    cap(card, 6 if size == 512 else 12)
     sd = StableDiffusion.load(str(checkpoint("sd15")))
     controlnet = load_controlnet(control_checkpoint("sd15"), sd.unet)
-    for module in (sd.unet, controlnet):
-        module.to(card, PRECISIONS[fast_precision(card)])
-    sd.to(card)
+    place_for_sampling(sd, [controlnet], card, sampling_precision("auto", card))
     images = generate(sd, [controlnet], [torch.rand(1, 3, size, size)], ["a house"], steps=2)
     assert images.isfinite().all()
     assert torch.cuda.max_memory_allocated(card) < 1.1 * counted * GB

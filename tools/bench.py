@@ -31,7 +31,7 @@ from clip_text import NUM_MERGES, byte_symbols
 from controlnet import ControlNet, Denoiser
 from sample import generate
 from stable_diffusion import SD15, TINY, Preset, StableDiffusion
-from support.devices import PRECISIONS, choose_device, place
+from support.devices import PRECISIONS, choose_device, place, place_for_sampling
 from support.errors import UserError, run_command_line
 from support.files import save_tensors
 from support.options import ArgumentParser, positive_float, positive_int
@@ -148,9 +148,7 @@ def sampling(args: Namespace, device: torch.device, timer: Timer) -> None:
         lambda prompts: theirs.token_ids(len(prompts), preset), preset.text, preset.vae, preset.unet, 1.0
     )
     controlnet = ControlNet.from_unet(sd.unet, preset.hint_channels)
-    for module in (sd.unet, controlnet):
-        module.to(device, PRECISIONS[args.precision])
-    sd.to(device)  # as sample.py does
+    place_for_sampling(sd, [controlnet], device, args.precision)
     hints = torch.rand(args.batch_size, 3, args.resolution, args.resolution)
 
     for _ in timer.steps():
