@@ -1,5 +1,8 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
+from support import options  # before torch: decides how its threads wait
+
+# isort: split
 from itertools import count
 from pathlib import Path
 
@@ -10,7 +13,6 @@ from tqdm import tqdm
 from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
-from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
@@ -112,9 +114,9 @@ def parse_arguments():
     add("--control-end", type=options.share, default=1.0, help="share of the steps after which it ends (default: 1)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
     add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
-    add("--seed", type=options.count_or_zero, default=0, help="sample i starts from seed + i")
+    add("--seed", type=options.seed, default=0, help="sample i starts from seed + i")
     add("--device", decides=False, help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
-    add("--output", type=Path, default=Path("out.png"), decides=False, help="the row; samples: out-0.png, …")
+    add("--output", type=options.png, default=Path("out.png"), decides=False, help="the row; samples: out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
         raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")
@@ -124,8 +126,6 @@ def parse_arguments():
         args.strength = (args.strength or [1.0]) * len(args.controlnet)
     if args.control_start > args.control_end:
         raise UserError(f"--control-start {args.control_start} is after --control-end {args.control_end}: swap them")
-    if args.output.suffix != ".png":
-        raise UserError(f"--output {args.output}: must end in .png")
     return args
 
 

@@ -4,6 +4,9 @@
 the paper's experiment on fill50k, meant for one 24 GB card.
 """
 
+from support import options  # before torch: decides how its threads wait
+
+# isort: split
 import json
 import os
 from argparse import Namespace
@@ -20,8 +23,7 @@ from convergence import HeldOut, news, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, TINY, StableDiffusion
-from support import options
-from support.cache import CachedPairs, cache_latents
+from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.randomness import NOISE, generator_for
@@ -45,7 +47,7 @@ def parse_arguments() -> Namespace:
     add("--learning-rate", type=options.positive_float, help=both("learning_rate"))
     add("--proportion-empty-prompts", type=options.share, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
-    add("--seed", type=options.count_or_zero, default=0)
+    add("--seed", type=options.seed, default=0)
     add("--mixed-precision", choices=("no", "auto", "bf16", "fp16"), help=f"auto: by device {both('mixed_precision')}")
     add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, about a third more time")
     add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
@@ -71,12 +73,11 @@ def parse_arguments() -> Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    run = Run(args)
-    args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
-    train(args, run, denoiser, optimizer, cached, latent_scale, held_out)
-    run.close()
-    if run.writes:
-        finish(args, run, denoiser, held_out)
+    with Run(args) as run:
+        args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
+        train(args, run, denoiser, optimizer, cached, latent_scale, held_out)
+        if run.writes:
+            finish(args, run, denoiser, held_out)
 
 
 def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, CachedPairs, float, HeldOut | None]:
@@ -88,7 +89,7 @@ def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, 
     sd.to(run.device)
     with run.one_process_first():
         pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-        cached = cache_latents(sd, pairs, held_out_pairs, run.folder / "cache", args.num_workers, ready=not run.writes)
+        cached = run.encode(sd, pairs, held_out_pairs)
 
     torch.manual_seed(args.seed)  # for the hint encoder's weights
     controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
@@ -138,7 +139,7 @@ def train(
         run.scaler.update()
         optimizer.zero_grad()
 
-        entry = {"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate}
+        entry = run.done({"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate})
         if run.due(step, args.preset.response_steps):
             entry |= held_out.response(denoiser)
         if run.due(step, args.validation_steps):
@@ -146,7 +147,7 @@ def train(
         run.log(entry)
         run.say(*news(run.history))
         if run.due_to_save(step):
-            run.save(denoiser.trained, optimizer)
+            run.save()
             export(args, run, denoiser)
 
 

@@ -132,9 +132,10 @@ def load(module: nn.Module, part: Part) -> None:
             raise part.error(name, f"{expected} is missing")
         if part.shape(name) != expected:
             raise part.error(name, f"has shape {part.shape(name)}, expected {expected}")
-    for name in part.tensors:
-        if name not in state:
-            raise part.error(name, f"{part.shape(name)} is no part of the model")
+        if not part.tensors[name].is_floating_point():
+            raise part.error(name, f"holds {part.tensors[name].dtype} numbers, not weights")
+    for name in sorted(part.tensors.keys() - state.keys()):
+        raise part.error(name, f"{part.shape(name)} is no part of the model")
     values = {name: part.tensors[name].to(parameter.dtype) for name, parameter in state.items()}
     module.load_state_dict(values, assign=any(parameter.is_meta for parameter in state.values()))
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from support.devices import fast_precision
-from support.errors import UserError, warn_if_cut
+from support.errors import UserError, reading, warn_if_cut, writing
 from support.files import read_json, save_json
 from support.listing import refuse_broken
 
 FLUSH_EVERY = 1000  # rows
+UNET = "the base's UNet"
 
 
 class CachedPairs(Dataset):
@@ -54,21 +55,28 @@ def context_rows(prompts: list[str]) -> dict[str, int]:
     return {prompt: row for row, prompt in enumerate(dict.fromkeys(["", *prompts]))}
 
 
-def cache_key(sd, pairs) -> dict:
-    """What the encoded rows depend on. It is the same on another machine or device, if the data are."""
+def fingerprints(sd, pairs, held_out) -> dict[str, str]:
+    """All that a training is made from: name -> a checksum, the same on another machine or device."""
 
-    def digest(*parts: bytes) -> str:
+    def digest(*parts) -> str:
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
-    encoders = (sd.vae.encoder, sd.vae.to_moments, sd.text_encoder)
-    tensors = (tensor for module in encoders for tensor in module.state_dict().values())
-    listed = [[prompt, pairs.content(i)] for i, prompt in enumerate(pairs.prompts)]
-    return {
-        "tokens": digest(json.dumps(sd.tokenizer.tokens).encode()),
-        "encoders": digest(*(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)),
-        "pairs": digest(json.dumps(listed).encode()),
-        "resolution": pairs.resolution,
+    def weights(*modules: nn.Module) -> str:
+        tensors = (tensor for module in modules for tensor in module.state_dict().values())
+        return digest(*(tensor.cpu().contiguous().numpy() for tensor in tensors))
+
+    base = {
+        UNET: weights(sd.unet),
+        "the base's VAE or text encoder": weights(sd.vae, sd.text_encoder),
+        "the base's tokenizer": digest(json.dumps(sd.tokenizer.tokens).encode()),
     }
+    with reading("the data", "picture", "correct or remove its pair"):
+        listed = {
+            prefix + some.name(i): digest(json.dumps([some.prompts[i], some.content(i)]).encode())[:16]
+            for prefix, some in (("", pairs), ("held-out ", held_out))
+            for i in range(len(some))
+        }
+    return base | listed
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -92,39 +100,37 @@ class Targets(Dataset):
             return str(error)
 
 
-def encoded_so_far(folder: Path, state: dict, key: dict, count: int) -> int:
-    """How many images a stopped encoding has left in `folder`, if it was of the same base and pairs."""
-    done = state.get("images")
-    with contextlib.suppress(OSError, ValueError):  # no array there, or a broken one
-        if state == key | {"images": done} and len(np.load(folder / "moments.npy", mmap_mode="r")) == count:
-            return done
-    return 0
+def holds(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file is an array as write_rows makes them, of this shape."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+        return (rows.shape, rows.dtype) == (shape, np.float16)
+    except Exception:  # none there; else, whatever numpy makes of foreign bytes
+        return False
 
 
 @torch.no_grad()
 def cache_latents(
-    sd, pairs, held_out, folder: Path, num_workers: int = 0, batch_size: int = 4, ready: bool = False
-) -> CachedPairs:
-    """Encode all targets and prompts into `folder`, unless what is there belongs to the same base and pairs.
+    sd, pairs, held_out, folder: Path, inputs: dict[str, str], num_workers: int = 0, batch_size: int = 4
+) -> None:
+    """Encode all targets and prompts into `folder`, unless what is there was made from the same `inputs`.
 
     Keeps the latent distributions (moments), not samples of them, in half precision; every step then samples afresh,
     as the released code does. Every picture is opened on the way, the held-out ones too. What was stopped goes on where
-    it was. `ready` says that another process has just done it. Raises UserError that shows the broken pairs, or when
-    the disk is too small.
+    it was. Raises UserError that shows the broken pairs, or when the disk is too small.
     """
-    if ready:
-        return CachedPairs(pairs, folder)
-    try:
-        key, state_file = cache_key(sd, pairs), folder / "key.json"
-    except OSError as error:
-        raise UserError(f"a picture can't be read ({error}): correct or remove its pair") from None
+    encoded = sorted((name, checksum) for name, checksum in inputs.items() if name != UNET)
+    key = {"inputs": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(), "resolution": pairs.resolution}
+    state_file, side = folder / "key.json", pairs.resolution // 8
     prompts, broken, state = list(context_rows(pairs.prompts)), [], {}
     finished = key | {"images": len(pairs), "prompts": len(prompts)}
     with contextlib.suppress(UserError):  # none yet, or a broken one
         state = read_json(state_file)
-    if state == finished:
-        return CachedPairs(pairs, folder)
-    first = encoded_so_far(folder, state, key, len(pairs))
+    whole = holds(folder / "moments.npy", (len(pairs), 2 * sd.vae.config.latent_channels, side, side))
+    contexts_shape = (len(prompts), sd.text_encoder.config.max_length, sd.text_encoder.config.width)
+    if state == finished and whole and holds(folder / "contexts.npy", contexts_shape):
+        return
+    first = state["images"] if whole and state == key | {"images": state.get("images")} else 0
     warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
 
     def encoded_images() -> Iterator[Tensor]:
@@ -150,7 +156,7 @@ def cache_latents(
     def note(done: int) -> None:
         save_json(key | {"images": done}, state_file)
 
-    try:
+    with writing(folder, "another --output-dir"):
         if first == 0:
             state_file.unlink(missing_ok=True)
         write_rows(folder / "moments.npy", len(pairs), encoded_images(), first, note)
@@ -160,9 +166,6 @@ def cache_latents(
             refuse_broken(list(dict.fromkeys(broken)), len(names), "the pairs")  # few pairs are in both
         write_rows(folder / "contexts.npy", len(prompts), encoded_prompts())
         save_json(finished, state_file)
-    except OSError as error:
-        raise UserError(f"can't write {folder} ({error}): choose another --output-dir") from None
-    return CachedPairs(pairs, folder)
 
 
 def write_rows(

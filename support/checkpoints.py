@@ -1,15 +1,20 @@
 """Checkpoints: checkpoints/step-N with the trained weights, the optimizer's state and the options."""
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from support.errors import UserError
-from support.files import move, read_json, read_tensors, save_json, save_tensors
+from support.errors import UserError, reading, writing
+from support.files import PARTIAL, UMASK, move, read_json, read_tensors, save_json, save_tensors, sha256
+
+STATE, CONFIG = "state.safetensors", "config.json"
+ASIDE = ".aside-"  # begins the name of folders with checkpoints that a run has gone back behind
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -19,16 +24,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of optimizer_tensors."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """The reverse of optimizer_tensors, for Adam. Raises KeyError or RuntimeError when it is not for these weights."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            if value.shape == parameters[int(i)].shape:  # in the parameter's memory format, as the fused step needs
-                value = torch.empty_like(parameters[int(i)]).copy_(value)
-            state.setdefault(int(i), {})[key] = value
+    if any(name.startswith("optimizer.") for name in tensors):  # else no step was done yet
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            moments = (tensors[f"optimizer.{i}.{key}"].view(p.shape) for key in ("exp_avg", "exp_avg_sq"))
+            # In the parameter's memory format, as the fused step needs.
+            exp_avg, exp_avg_sq = (torch.empty_like(p).copy_(moment) for moment in moments)
+            state[i] = {"step": tensors[f"optimizer.{i}.step"].view(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def state_tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: the trained weights and the optimizer's state."""
+    parts = {part: module.state_dict() for part, module in trained.items()}
+    weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+    return weights | optimizer_tensors(optimizer)
 
 
 def save_checkpoint(
@@ -38,23 +49,42 @@ def save_checkpoint(
     """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete.
 
     It holds all that the next steps depend on: the trained weights, the state of optimizer and gradient scaler, the
-    step and the options.
+    step and the options; and the first file's checksum.
     The order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
-    Then all but the newest `limit` go, and so do those of later steps, left by a run that was resumed before them.
+    Then all but the newest `limit` go, and so does what was set aside. Raises UserError, as save_tensors does.
     """
-    final, temporary = folder / f"step-{step}", folder / ".partial"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
-    parts = {part: module.state_dict() for part, module in trained.items()}
-    weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-    metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
-    save_tensors(weights | optimizer_tensors(optimizer), temporary / "state.safetensors", metadata)
-    save_json({"step": step} | config, temporary / "config.json")
-    shutil.rmtree(final, ignore_errors=True)
-    move(temporary, final)
-    found = steps_in(folder)
-    newest = sorted(number for number in found if number <= step)[-limit:]
-    for number in found.keys() - newest:
-        shutil.rmtree(found[number])
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+        metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
+        try:
+            save_tensors(state_tensors(trained, optimizer), temporary / STATE, metadata)
+            save_json({"step": step, "sha256": sha256(temporary / STATE)} | config, temporary / CONFIG)
+            os.chmod(temporary, 0o777 & ~UMASK)
+            move(temporary, folder / f"step-{step}")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        found = steps_in(folder)
+        for number in sorted(found)[:-limit]:
+            shutil.rmtree(found[number])
+        clear(folder, ASIDE)
+
+
+def set_aside(folder: Path, last_step: int) -> list[int]:
+    """Put checkpoints of later steps where nothing looks for them, until the next one is written; returns the steps.
+
+    The newest goes first: if a kill comes between, the newest that is left still is the one that the log leads to.
+    """
+    later = {step: path for step, path in steps_in(folder).items() if step > last_step}
+    for step in sorted(later, reverse=True):
+        later[step].rename(Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder)) / later[step].name)
+    return sorted(later)
+
+
+def clear(folder: Path, prefix: str) -> None:
+    """Remove all in a folder whose names begin like that."""
+    for path in list(folder.rglob(f"{prefix}*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
@@ -68,17 +98,38 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     """The folder that --resume-from-checkpoint means; None for "latest" when a run was stopped before its first one.
 
-    Raises UserError when there is no such checkpoint, or no run.
+    Raises UserError when there is no such checkpoint, no run, or when it is not what was saved: then with the newest
+    one that is.
     """
-    found = steps_in(folder)
+    found = {step: path for step, path in steps_in(folder).items() if is_complete(path)}
     if wanted == "latest" and not found:
-        if (folder.parent / "config.json").is_file():
+        if (folder.parent / CONFIG).is_file():
             return None
         raise UserError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out")
     path = found[max(found)] if wanted == "latest" else Path(wanted)
-    if not (path / "state.safetensors").is_file() or not (path / "config.json").is_file():
-        raise UserError(f"{path} is no checkpoint: expected state.safetensors and config.json in it")
+    if not is_complete(path):
+        raise UserError(f"{path} is no checkpoint: expected {STATE} and {CONFIG} in it")
+    if path.resolve().parent != folder.resolve():
+        raise UserError(f"{path} is another run's, not in {folder}: pass --output-dir {path.parent.parent}")
+    if is_damaged(path):
+        others = (found[step] for step in sorted(found, reverse=True) if found[step].name != path.name)
+        good = next((other for other in others if not is_damaged(other)), None)
+        raise UserError(f"{path} is damaged: " + (f"resume from {good}" if good else "start another --output-dir"))
     return path
+
+
+def is_complete(path: Path) -> bool:
+    """Not what is left of a checkpoint whose removal was interrupted."""
+    return (path / STATE).is_file() and (path / CONFIG).is_file()
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a checkpoint holds anything else than what was written as its step."""
+    try:
+        config = read_json(path / CONFIG)
+    except UserError:
+        return True
+    return f"step-{config.get('step')}" != path.name or config.get("sha256") != sha256(path / STATE)
 
 
 def check_config(path: Path, config: dict) -> int:
@@ -88,8 +139,6 @@ def check_config(path: Path, config: dict) -> int:
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
-    if not isinstance(saved.get("step", 0), int):
-        raise UserError(f"{path} is broken (step {saved['step']!r}): resume from another checkpoint")
     return saved.get("step", 0)
 
 
@@ -97,13 +146,12 @@ def load_checkpoint(
     path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Load the state of a checkpoint of the same training. Raises UserError when it does not fit."""
-    tensors, metadata = read_tensors(path / "state.safetensors")
-    try:
+    tensors, metadata = read_tensors(path / STATE)
+    with reading(path / STATE, "checkpoint of this training", "resume from another one"):
         for part, module in trained.items():
             prefix = f"trained.{part}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         load_optimizer_tensors(optimizer, tensors)
-        scaler.load_state_dict(json.loads(metadata.get("scaler", "{}")))
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{path / 'state.safetensors'} does not fit ({reason}): resume from another one") from None
+        scaler.load_state_dict(json.loads(metadata["scaler"]))
+        if unknown := tensors.keys() - state_tensors(trained, optimizer):
+            raise ValueError(f"{min(unknown)} is not of this training")

@@ -1,18 +1,27 @@
 """How a command line ends when the user made a mistake: one line on stderr, exit status 2, no traceback."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-OUT_OF_MEMORY = (  # in a RuntimeError
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+# What PyTorch says in a RuntimeError -> what the user is told; {less_memory} names the options that need less.
+MEMORY = "out of memory ({said}): try {less_memory}"
+SAID_BY_TORCH = {
+    "can't allocate memory": MEMORY,
+    "could not create a primitive": MEMORY,  # oneDNN, which doesn't say why
+    "CUDA error: out of memory": MEMORY,
+    "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
+    "CUDNN_STATUS_ALLOC_FAILED": MEMORY,
+    "Bus error": "shared memory ran out: take --num-workers 0, or give a container more with --shm-size",
+    "DataLoader worker": "a process that loads pictures has died ({said}): take --num-workers 0",
+}
 
 
 class UserError(Exception):
@@ -26,24 +35,75 @@ class UserError(Exception):
         self.details = details
 
 
+@contextlib.contextmanager
+def reading(path: str | Path, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
+    """Around a reader of foreign bytes: all that it raises becomes a UserError that names the path, or the damage."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{error.filename or path}: {os.strerror(error.errno).lower()}; correct the path") from None
+        raise UserError(f"{path} is damaged or no {kind} ({error}): {remedy}") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, elsewhere: str = "another folder") -> Iterator[None]:
+    """Around all that writes to `path`: UserError when the disk is full or the folder can't be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't write {path} ({reason}): make room or choose {elsewhere}") from None
+
+
+class Output:
+    """A stream of text that stops nothing: its reader may go away, its encoding may lack a character."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self.outlast(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        self.outlast(self.stream.flush)
+
+    def outlast(self, use: Callable[[], object]) -> None:
+        try:
+            use()
+        except OSError:  # `| head` has seen enough, the terminal was closed, the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_command_line(main: Callable[[], None], less_memory: str = "closing other programs") -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2.
 
-    So does running out of memory; `less_memory` names the options that need less.
+    So does what the machine is to blame for, such as a full disk, or too little memory: `less_memory` names the options
+    that need less.
     """
+    sys.stdout, sys.stderr = (stream and Output(stream) for stream in (sys.stdout, sys.stderr))  # None: closed
     try:
         main()
     except UserError as error:
         message = str(error).split("UserError: ")[-1]  # from a loader's worker process it comes inside a traceback
         fail(*error.details, message)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; correct the path, or make room")
     except (MemoryError, RuntimeError) as error:
-        if "Bus error" in str(error):  # what PyTorch says when a loader's worker finds /dev/shm full
-            fail("shared memory ran out: take --num-workers 0, or give a container more with --shm-size")
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            phrase in str(error) for phrase in OUT_OF_MEMORY
-        ):
+        said = str(error).split("\n")[0].split(". ")[0]
+        known = [line for phrase, line in SAID_BY_TORCH.items() if phrase in str(error)]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            known = [MEMORY]
+        if not known:
             raise
-        fail(f"out of memory ({str(error).split('.')[0]}): try {less_memory}")
+        fail(known[0].format(said=said, less_memory=less_memory))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

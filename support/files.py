@@ -1,6 +1,5 @@
 """Files in and out: reading never runs code, writing never leaves half a file."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.errors import UserError
+from support.errors import UserError, reading, writing
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,23 +30,18 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no safetensors file, or a damaged one ({error}): fetch it again") from None
+        with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
         raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
-    try:
-        with warnings.catch_warnings(action="ignore"):
+    with reading(path, "PyTorch file"), warnings.catch_warnings(action="ignore"):
+        try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version "
-            "(or it is no PyTorch file at all)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no PyTorch file ({error}): fetch it again") from None
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version "
+                "(or it is no PyTorch file at all)"
+            ) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
@@ -56,6 +50,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at
+PARTIAL = ".partial-"  # begins the name of what is not written to its end
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
 
@@ -66,29 +61,27 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     Raises UserError when the folder can't be written or the disk is full; what stood at `path` is then intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".partial-{path.name}")  # one name, so that a killed run's is written over
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # safetensors makes files that only their owner can read
-        move(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't write {path} ({error}): make room or choose another folder") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone when all went well
-            temporary.unlink()
+        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)  # a new file, whatever else is there
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~UMASK)  # until now only its owner could read it
+            move(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # it is gone when all went well
 
 
 def make_folder(path: Path) -> None:
     """Make a folder, before the work whose results go there. Raises UserError when nothing can be written to it."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise UserError(f"can't write to {path} ({error}): choose another folder") from None
 
 
 def move(source: Path, target: Path) -> None:
@@ -103,11 +96,21 @@ def move(source: Path, target: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, replacing what was there only when it is complete."""
+    """Write a safetensors file, replacing what was there only when it is complete.
+
+    Raises UserError when a number is not finite: nobody can use such weights.
+    """
     # To the CPU first: contiguous copies of channels_last tensors, all at once, would fill a card.
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if broken := next((name for name, tensor in contiguous.items() if not tensor.isfinite().all()), None):
+        raise UserError(f"{path} was not written: {broken} has numbers that are not finite; lower --learning-rate")
     metadata = {"format": "pt"} | (metadata or {})
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> str:
@@ -116,11 +119,10 @@ def fingerprint(path: Path) -> str:
     Of a large compressed picture only both ends, against reading gigabytes at every start: a PNG's end has a checksum
     of the rest, and pictures that were saved again differ in size.
     """
+    size = path.stat().st_size
+    if size <= 2 * ENDS or path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        return f"{size} {sha256(path)}"
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if size <= 2 * ENDS or path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            return f"{size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
         ends = file.read(ENDS)
         file.seek(-ENDS, os.SEEK_END)
         return f"{size} {hashlib.sha256(ends + file.read()).hexdigest()}"
@@ -128,13 +130,11 @@ def fingerprint(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises UserError when it is missing or something else."""
-    try:
+    with reading(path, "JSON object", "restore it"):
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} can't be read as JSON ({error}): restore it") from None
-    return content
+            raise ValueError(f"a {type(content).__name__}")
+        return content
 
 
 def save_json(content: dict, path: str | Path) -> None:

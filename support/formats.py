@@ -5,6 +5,7 @@ weights.py, where the official names are, imports this file; so this file must n
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, Tokenizer
 from controlnet import ControlNet
-from support.errors import UserError
+from support.errors import UserError, reading
 from support.files import read_json, read_tensors, save_json, save_tensors
 from support.hub import fetch
 from unet import UNetConfig
@@ -183,7 +184,10 @@ def sizes_from_metadata(metadata: Mapping[str, str]) -> dict:
     config = json.loads(metadata["config"])
     kinds = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}
     sizes = {part: {k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()} for part in kinds}
-    return {part: kinds[part](**sizes[part]) for part in kinds} | {"latent_scale": float(config["latent_scale"])}
+    latent_scale = float(config["latent_scale"])
+    if not 0 < latent_scale < math.inf:
+        raise ValueError(f"latent_scale {latent_scale}")
+    return {part: kinds[part](**sizes[part]) for part in kinds} | {"latent_scale": latent_scale}
 
 
 def config_metadata(sd) -> dict[str, str]:
@@ -219,10 +223,8 @@ def read_tokenizer(checkpoint: Path, vocab_size: int, repo: str) -> Tokenizer:
     merges = next((place for place in places if place.is_file()), None)
     if merges is None:
         merges = fetch(repo, "tokenizer/merges.txt", f"put the tokenizer's merges.txt beside {checkpoint}")
-    try:
+    with reading(merges, "list of BPE merges"):
         tokenizer = Tokenizer.from_merges(merges)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{error}: fetch {merges} again") from None
     if len(tokenizer.ids) != vocab_size:
         raise UserError(
             f"{merges} makes {len(tokenizer.ids)} tokens, but {checkpoint} was trained with {vocab_size}: "

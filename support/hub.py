@@ -4,12 +4,11 @@ import os
 import re
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
-from support.errors import UserError
+from support.errors import UserError, reading
 
 
 def fetch(repo: str, file: str, advice: str) -> Path:
@@ -18,7 +17,6 @@ def fetch(repo: str, file: str, advice: str) -> Path:
     Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
@@ -28,7 +26,7 @@ def fetch(repo: str, file: str, advice: str) -> Path:
             return Path(cached)
         print(f"fetching {file} from huggingface.co/{repo}")
         return Path(hf_hub_download(repo, file))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
+    except Exception as error:  # of the network, the hub, the disk: each has its own kinds
         reason = str(error).split("\n")[0]
         raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None
 
@@ -60,12 +58,9 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip file whose every entry lies inside `folder`; raises UserError otherwise, or when it is damaged."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            for name in file.namelist():
-                if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
-            for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
-                file.extract(name, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}): delete it, so that it is fetched again") from None
+    with reading(archive, "zip file", "delete it, so that it is fetched again"), zipfile.ZipFile(archive) as file:
+        for name in file.namelist():
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
+        for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
+            file.extract(name, folder)

@@ -1,12 +1,16 @@
 """Folders of pairs: a listing with one JSON object a line, and the pictures that it names."""
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
-from support.errors import UserError
+from support.errors import UserError, reading, writing
+from support.files import PARTIAL, UMASK, move
 from support.pictures import open_image
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and the one of Hugging Face's folders of images.
@@ -27,7 +31,9 @@ def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[st
         raise UserError(f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a "
                         "metadata.jsonl")  # fmt: skip
     entries, broken = [], []
-    for number, line in enumerate(listing.read_bytes().split(b"\n"), start=1):
+    with reading(listing, "listing"):
+        lines = listing.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{listing} line {number}"
             try:
@@ -90,15 +96,23 @@ def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Ima
 
 
 def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, str]]) -> None:
-    """Write pairs (hint, target, prompt) in fill50k's layout. Raises UserError when the folder can't be written."""
-    try:
-        for part in ("source", "target"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        with open(folder / "prompt.json", "w", encoding="utf-8") as listing:
-            for i, (hint, target, prompt) in enumerate(scenes):
-                hint.save(folder / f"source/{i}.png")
-                target.save(folder / f"target/{i}.png")
-                entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
-                listing.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write {folder} ({error}): make room or choose another --output") from None
+    """Make a folder of pairs (hint, target, prompt) in fill50k's layout; it has its name when it is complete.
+
+    Raises UserError when it can't be written, or if there is something in it already.
+    """
+    with writing(folder, "another --output"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+        try:
+            for part in ("source", "target"):
+                (temporary / part).mkdir()
+            with open(temporary / "prompt.json", "w", encoding="utf-8") as listing:
+                for i, (hint, target, prompt) in enumerate(scenes):
+                    hint.save(temporary / f"source/{i}.png")
+                    target.save(temporary / f"target/{i}.png")
+                    entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+                    listing.write(json.dumps(entry) + "\n")
+            os.chmod(temporary, 0o777 & ~UMASK)
+            move(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from support.errors import UserError
+from support.errors import writing
 from support.files import write_atomically
 
 
 def read_log(path: Path) -> list[dict]:
-    """A log's entries; none if there is no log. A line that a crash cut short is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+    """A log's entries; none if there is no log. What is no entry, as a line that a crash cut short, is left out."""
+    lines, entries = path.read_bytes().splitlines() if path.exists() else [], []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
+            entry = json.loads(line)
+            if "step" in entry and all(isinstance(value, int | float) for value in entry.values()):
+                entries.append(entry)
+    if len(entries) < len(lines):
+        print(f"{path}: {len(lines) - len(entries)} of {len(lines)} lines are no entries and left out")
     return entries
 
 
@@ -37,25 +41,21 @@ class Log:
 
     def __init__(self, folder: Path, last_step: int, tensorboard: bool):
         self.folder, self.history = folder, trim_log(folder / "log.jsonl", last_step)
-        self.began = time.time() - (self.history[-1]["seconds"] if self.history else 0)
+        self.began = time.monotonic() - (self.history[-1].get("seconds", 0) if self.history else 0)
         self.writer = None
-        try:
+        with writing(folder, "another --output-dir"):
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
             self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"can't write to {folder} ({error}): choose another --output-dir") from None
 
     def write(self, entry: dict) -> None:
         """Add a finished step. Raises UserError when the disk is full."""
-        self.history.append(entry | {"seconds": round(time.time() - self.began, 2)})
-        try:
+        self.history.append(entry | {"seconds": round(time.monotonic() - self.began, 2)})
+        with writing(self.file.name):
             self.file.write(json.dumps(self.history[-1]) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"can't write {self.file.name} ({error}): make room, then resume") from None
         if self.writer:
             for name, value in entry.items():
                 self.writer.add_scalar(name, value, entry["step"])
@@ -65,6 +65,7 @@ class Log:
                     self.writer.add_image("preview", np.asarray(picture), entry["step"], dataformats="HWC")
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `write` has told already
+            self.file.close()
         if self.writer:
             self.writer.close()

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from support.errors import UserError
 
@@ -52,8 +53,16 @@ def number(kind: type, accepts: Callable[[float], bool], expected: str) -> Calla
 
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 count_or_zero = number(int, lambda value: value >= 0, "a whole number, 0 or more")
+seed = number(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more and below 2^63")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 finite_float = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 # The VAE divides the side by 8, and the UNet does so again.
 side = number(int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64")
+
+
+def png(text: str) -> Path:
+    """A type for add_argument: where a picture is to be written."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text}: must end in .png")
+    return Path(text)

@@ -1,9 +1,8 @@
 """Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
 
 import json
-import struct
+import stat
 import textwrap
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from support.errors import UserError
+from support.errors import UserError, reading
 from support.files import write_atomically
 
 MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels
@@ -48,9 +47,10 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 
 
 def read_strip(path: Path, count: int) -> Tensor:
-    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(open_image(path).convert("RGB"))) / 127.5 - 1
-    return pixels.permute(2, 0, 1).unflatten(2, (count, -1)).permute(2, 0, 1, 3)
+    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]. Raises UserError."""
+    with reading(path, f"row of {count} pictures", "delete it"), Image.open(path, formats=["PNG"]) as row:
+        pixels = torch.from_numpy(np.array(row)) / 127.5 - 1
+        return pixels.permute(2, 0, 1).unflatten(2, (count, -1)).permute(2, 0, 1, 3)
 
 
 def contact_sheet(rows: dict[str, Tensor], captions: list[str]) -> Image.Image:
@@ -80,28 +80,29 @@ def fit_image(image: Image.Image, resolution: int, square: bool = True) -> Tenso
     image = image.convert("RGB")
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    crop_width, crop_height = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    pixels = np.asarray(image.crop((left, top, left + crop_width, top + crop_height)), dtype=np.float32)
+    size = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    centre = [  # of the picture itself, so that what is cut off is never resized
+        part * whole / resized
+        for part, whole, resized in zip((left, top, left + size[0], top + size[1]), image.size * 2, (width, height) * 2)
+    ]
+    pixels = np.array(image.resize(size, Image.Resampling.BILINEAR, centre), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
+# Pillow knows more, among them PostScript, for which it would start another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
+MOST_OBLONG = 16  # times as long as wide
+
+
 def open_image(path: Path) -> Image.Image:
-    """A picture, decoded whole and turned as its EXIF says. Raises UserError when it is missing or no picture."""
-    try:
-        with Image.open(path) as image:
+    """A picture, decoded whole and turned as its EXIF says. Raises UserError for what is no picture of use."""
+    with reading(path, "picture", "save it again as PNG or JPEG"):
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise UserError(f"{path} is no regular file: pass a picture")
+        with Image.open(path, formats=FORMATS) as image:
+            if max(image.size) > MOST_OBLONG * min(image.size):
+                raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
+            if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+                raise UserError(f"{path} has numbers, not 8 or 16 bits a channel: save it again as PNG")
             return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise UserError(f"{path} can't be read as a picture ({error}): save it again as PNG or JPEG") from None

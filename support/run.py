@@ -17,11 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.cache import CachedPairs, ignore_interrupt
-from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, steps_in
+from support.cache import CachedPairs, cache_latents, fingerprints, ignore_interrupt
+from support.checkpoints import (
+    check_config,
+    clear,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+    steps_in,
+)
 from support.devices import choose_device, describe, fast_precision
 from support.errors import UserError
-from support.files import save_json
+from support.files import PARTIAL, read_json, save_json
+from support.lock import owned
 from support.log import Log
 from support.randomness import index_batches
 
@@ -53,24 +62,54 @@ class Run:
     """
 
     def __init__(self, args: Namespace):
-        self.folder = args.output_dir
-        if not args.resume_from_checkpoint and any((self.folder / name).exists() for name in WHAT_A_RUN_LEAVES):
-            raise UserError(f"{self.folder} holds a run already: add --resume-from-checkpoint latest, or choose "
-                            "another --output-dir")  # fmt: skip
-        self.checkpoint, self.start = None, 0
-        if args.resume_from_checkpoint:
-            self.checkpoint = find_checkpoint(self.folder / "checkpoints", args.resume_from_checkpoint)
+        self.folder, self.resuming = args.output_dir, args.resume_from_checkpoint
         self.device = choose_device(args.device)
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.writes = self.rank == 0
-        if self.processes > 1:
-            self.join_processes()
+        self.checkpoint, self.start, self.step = None, 0, 0
         self.log_book, self.history, self.bar, self.shown = None, [], None, {}
-        self.signals, self.stopping, self.skipped = [], False, False
+        self.signals, self.stopping, self.skipped, self.whole = [], False, False, True
+        self.exits = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        """Take hold of the folder, then join the other processes."""
+        with self.exits:  # if anything goes wrong here
+            if self.writes:
+                self.exits.enter_context(owned(self.folder))
+            if self.resuming:
+                self.checkpoint = find_checkpoint(self.folder / "checkpoints", self.resuming)
+            elif any((self.folder / name).exists() for name in WHAT_A_RUN_LEAVES):
+                raise UserError(f"{self.folder} holds a run already: add --resume-from-checkpoint latest, or choose "
+                                "another --output-dir")  # fmt: skip
+            if self.processes > 1:
+                self.join_processes()
+                self.exits.callback(distributed.destroy_process_group)
+            self.exits = self.exits.pop_all()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Whatever ended the run, keep its last whole step."""
+        with self.exits:
+            if isinstance(error, Exception) and self.writes and self.whole and self.step > self.start:
+                self.keep()
+
+    def keep(self) -> None:
+        """Save after an error, which is what matters then: another one is told beside it."""
+        try:
+            if self.step not in steps_in(self.folder / "checkpoints"):
+                self.save()
+                self.say(f"saved step {self.step}: go on with --resume-from-checkpoint latest")
+            if not self.history or self.history[-1]["step"] < self.step:
+                self.log(self.entry)
+        except UserError as error:
+            self.say(f"step {self.step} could not be saved: {error}")
 
     def join_processes(self) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one encodes
+        try:
+            distributed.init_process_group(backend, timeout=timedelta(hours=6))  # the others wait while one encodes
+        except ValueError as error:  # RANK is set, but not MASTER_ADDR or MASTER_PORT
+            raise UserError(f"several processes are started with torchrun, not by hand ({error})") from None
 
     def begin(self, args: Namespace) -> None:
         """Take the options, now that the base has filled them in, and find the step to go on from.
@@ -84,7 +123,7 @@ class Run:
         self.say(f"training on {describe(self.device)}, mixed precision: {args.mixed_precision}")
         self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
-        if args.resume_from_checkpoint:
+        if self.resuming:
             self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config)
             if self.start > args.max_train_steps:
                 raise UserError(
@@ -93,10 +132,6 @@ class Run:
             none = f"{self.folder} has no checkpoint yet: starting at step 0"
             self.say(f"resuming from {self.checkpoint}" if self.checkpoint else none)
         self.step = self.start
-        if self.writes:  # previews of steps that are done again: of a run that was resumed, or died before its first
-            for step, path in steps_in(self.folder / "previews", ".png").items():
-                if step > self.start or self.start == 0:
-                    path.unlink()
 
     def agree(self, precision: str) -> str:
         """One precision for all processes, though their cards differ: one that none of them is slow in."""
@@ -120,13 +155,44 @@ class Run:
         if self.writes and self.processes > 1:
             distributed.barrier()
 
+    def encode(self, sd, pairs, held_out) -> CachedPairs:
+        """Encode targets and prompts, once for all processes, and clear the folder of what was left half done.
+
+        Raises UserError when a run is resumed with anything else than it began with.
+        """
+        folder, record, device = self.folder / "cache", self.folder / "inputs.json", describe(self.device)
+        if self.writes:
+            inputs = fingerprints(sd, pairs, held_out)
+            if self.checkpoint and record.exists():
+                known = read_json(record)
+                if (before := known.pop("device", device)) != device:
+                    self.say(f"warning: so far it was trained on {before}; on {device} the last bits can differ")
+                for name in [name for name in known | inputs if known.get(name) != inputs.get(name)][:1]:
+                    raise UserError(f"{name} is not what {self.folder} was trained with: restore it, or start another "
+                                    "--output-dir")  # fmt: skip
+            cache_latents(sd, pairs, held_out, folder, inputs, self.args.num_workers)
+            save_json(inputs | {"device": device}, record)
+            self.clean_up()
+        return CachedPairs(pairs, folder)
+
+    def clean_up(self) -> None:
+        """Remove what a killed process left, and the previews of steps that are done again."""
+        clear(self.folder, PARTIAL)
+        for step, path in steps_in(self.folder / "previews", ".png").items():
+            if step > self.start or self.start == 0:
+                path.unlink()
+
     def resume(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Load the checkpoint, if there is one, and open the log where it left off."""
+        self.trained, self.optimizer = trained, optimizer
         if self.checkpoint:
             load_checkpoint(self.checkpoint, trained, optimizer, self.scaler)
         if self.writes:
+            if later := set_aside(self.folder / "checkpoints", self.start):
+                self.say(f"the checkpoints of steps {', '.join(map(str, later))} go when the next one is written")
             save_json(self.config, self.folder / "config.json")
             self.log_book = Log(self.folder, self.start, self.args.report_to == "tensorboard")
+            self.exits.callback(self.log_book.close)
             self.history = self.log_book.history
 
     def distribute(self, model: nn.Module) -> nn.Module:
@@ -154,11 +220,14 @@ class Run:
     # At each step
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps to do, with a progress bar. Ctrl-C or SIGTERM ends them after the step in hand.
+        """The numbers of the steps to do, with a progress bar.
 
-        A second one stops at once.
+        Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second one stops at once.
         """
-        handlers = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
+            numbers.append(signal.SIGHUP)
+        handlers = {number: signal.signal(number, self.ask_to_stop) for number in numbers}
         last = self.args.max_train_steps
         self.bar = tqdm(initial=self.start, total=last, desc="training", disable=not self.writes)
         try:
@@ -203,11 +272,19 @@ class Run:
         """
         self.skipped = math.isfinite(loss) and not math.isfinite(gradient_norm) and self.scaler.get_scale() > 1
         if not math.isfinite(loss + gradient_norm) and not self.skipped:
-            good = max(steps_in(self.folder / "checkpoints").items(), default=(0, "none yet"))[1]
             raise UserError(
-                f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; last good "
-                f"checkpoint: {good}; look at these pairs, lower --learning-rate or take --mixed-precision no"
+                f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; look at these "
+                "pairs, lower --learning-rate or take --mixed-precision no"
             )
+        self.whole = False  # from here to `done` the weights are between two steps
+
+    def done(self, entry: dict) -> dict:
+        """Note that the step of a log's entry is done; the entry, to which measurements may be added."""
+        self.step, self.whole = entry["step"], True
+        if self.skipped:
+            entry = {name: value for name, value in entry.items() if name != "gradient_norm"} | {"skipped": True}
+        self.entry = entry
+        return entry
 
     def due(self, step: int, every: int) -> bool:
         """Whether this process has to do now what is done `every` so many steps; never for 0."""
@@ -215,9 +292,6 @@ class Run:
 
     def log(self, entry: dict) -> None:
         """Write a finished step to the log; `history` are the entries of all steps so far."""
-        self.step = entry["step"]
-        if self.skipped:
-            entry = {name: value for name, value in entry.items() if name != "gradient_norm"} | {"skipped": True}
         if self.writes:
             self.log_book.write(entry)
             formats = {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}
@@ -236,10 +310,10 @@ class Run:
         last = self.stopping or step == self.args.max_train_steps
         return (self.writes and last) or self.due(step, self.args.checkpointing_steps)
 
-    def save(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint of the last logged step."""
-        limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.folder / "checkpoints", self.step, trained, optimizer, self.scaler, self.config, limit)
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step."""
+        folder, limit = self.folder / "checkpoints", self.args.checkpoints_total_limit
+        save_checkpoint(folder, self.step, self.trained, self.optimizer, self.scaler, self.config, limit)
 
     def say_what_next(self, prompt: str) -> None:
         """The command that goes on with a stopped run, or samples what was learned."""
@@ -252,9 +326,3 @@ class Run:
             hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
             command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]
             self.say(f"now: {shlex.join([*command, '--prompt', prompt])}")
-
-    def close(self) -> None:
-        if self.log_book:
-            self.log_book.close()
-        if self.processes > 1:
-            distributed.destroy_process_group()

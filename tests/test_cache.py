@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import SAMPLE
+from standin import SAMPLE, HostilePickle
 
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
 from support import cache
-from support.cache import cache_latents
+from support.cache import CachedPairs, cache_latents, fingerprints
 from support.files import ENDS, fingerprint
 
 
@@ -25,10 +25,15 @@ def sd(monkeypatch):
     return sd
 
 
+def encode(sd, pairs, folder, batch_size=4):
+    cache_latents(sd, pairs, [], folder, fingerprints(sd, pairs, []), batch_size=batch_size)
+    return CachedPairs(pairs, folder)
+
+
 @torch.no_grad()
 def test_what_is_kept(sd, tmp_path):
     pairs = DrawnImages(5, 64)
-    cached = cache_latents(sd, pairs, [], tmp_path / "cache", batch_size=2)
+    cached = encode(sd, pairs, tmp_path / "cache", batch_size=2)
     assert sd.encoded == [2, 2, 1]
     for i in range(5):
         index, hint, moments, context = cached[i]
@@ -48,29 +53,36 @@ def test_a_stopped_encoding_goes_on(sd, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, index)
 
-    whole = cache.cache_latents(sd, pairs, [], tmp_path / "whole", batch_size=1)
+    whole = encode(sd, pairs, tmp_path / "whole", batch_size=1)
     sd.encoded.clear()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(DrawnImages, "image", power_cut_at_5)
-        cache.cache_latents(sd, pairs, [], folder, batch_size=1)
+        encode(sd, pairs, folder, batch_size=1)
     assert len(sd.encoded) == 5
-    resumed = cache.cache_latents(sd, pairs, [], folder, batch_size=1)
+    resumed = encode(sd, pairs, folder, batch_size=1)
     assert len(sd.encoded) == 5 + 3  # four were on the disk for certain
     for ours, theirs in zip(resumed, whole, strict=True):
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs, strict=True))
-    for broken in ("[]", '{"images": 3}'):
-        (folder / "key.json").write_text(broken)
+
+
+def test_a_broken_cache_is_encoded_again(sd, tmp_path):
+    pairs, folder = DrawnImages(3, 64), tmp_path / "cache"
+    encode(sd, pairs, folder)
+    good = {name: (folder / name).read_bytes() for name in ("key.json", "moments.npy", "contexts.npy")}
+    np.save(tmp_path / "other.npy", np.zeros((3, 8, 7, 7), np.float16))
+    np.save(tmp_path / "objects.npy", np.array([HostilePickle(tmp_path / "trap")] * 3), allow_pickle=True)
+    other, objects = (tmp_path / "other.npy").read_bytes(), (tmp_path / "objects.npy").read_bytes()
+    for name, content in (
+        ("key.json", b"[]"), ("key.json", b'{"images": 3}'), ("moments.npy", None), ("moments.npy", b""),
+        ("moments.npy", good["moments.npy"][:-1]), ("contexts.npy", b"garbage"), ("contexts.npy", None),
+        ("moments.npy", other), ("moments.npy", objects),
+    ):  # fmt: skip
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         sd.encoded.clear()
-        cache.cache_latents(sd, pairs, [], folder, batch_size=1)
-        assert len(sd.encoded) == 7
-
-
-def test_other_processes_take_what_is_there(sd, tmp_path):
-    """Even if they would find another key, as with pictures that they read over a network."""
-    cache_latents(sd, DrawnImages(3, 64), [], tmp_path / "cache")
-    sd.encoded.clear()
-    cached = cache_latents(sd, DrawnImages(3, 64, seed=1), [], tmp_path / "cache", ready=True)
-    assert len(cached) == 3 and not sd.encoded
+        encode(sd, pairs, folder)
+        assert {name: (folder / name).read_bytes() for name in good} == good
+        assert sd.encoded == [3]
+    assert not (tmp_path / "trap").exists()
 
 
 def test_encoded_once_unless_something_changed(sd, tmp_path):
@@ -78,7 +90,7 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
 
     def times_encoded(resolution=64) -> int:
         sd.encoded.clear()
-        cache_latents(sd, PairedImages(tmp_path / "data", resolution), [], tmp_path / "cache", batch_size=4)
+        encode(sd, PairedImages(tmp_path / "data", resolution), tmp_path / "cache", batch_size=4)
         return len(sd.encoded)
 
     assert [times_encoded(), times_encoded()] == [1, 0]
@@ -103,7 +115,7 @@ def test_encoded_once_unless_something_changed(sd, tmp_path):
 
 def test_pairs_travel_to_other_processes(sd, tmp_path):
     """The encoded rows are mapped where they are needed, not sent along."""
-    cached = cache_latents(sd, DrawnImages(64, 64), [], tmp_path / "cache", batch_size=32)
+    cached = encode(sd, DrawnImages(64, 64), tmp_path / "cache", batch_size=32)
     assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 200_000
     assert len(pickle.dumps(cached)) < 50_000
 

@@ -14,6 +14,7 @@ from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_p
 from support.colours import COLOURS
 from support.errors import UserError
 from support.hub import fetch_folder
+from support.listing import write_folder
 from support.pictures import fit_image
 
 
@@ -168,3 +169,21 @@ def test_command_line_writes_the_real_layout(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+
+
+def test_a_folder_of_pairs_is_whole_or_not_there(tmp_path):
+    """What somebody else has in it stays; what was stopped halfway trains nobody."""
+    (tmp_path / "own" / "source").mkdir(parents=True)
+    (tmp_path / "own" / "source" / "0.png").write_text("mine")
+    with pytest.raises(UserError, match="can't write .*own .*not empty.*choose another --output"):
+        write_folder(tmp_path / "own", [draw_fill50k(0, 64)])
+    assert [path.name for path in (tmp_path / "own").rglob("*.*")] == ["0.png"]
+    assert (tmp_path / "own" / "source" / "0.png").read_text() == "mine"
+
+    def stopped():
+        yield draw_fill50k(0, 64)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "new", stopped())
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]

@@ -1,5 +1,6 @@
 """Users' mistakes: each ends in one line on stderr that says what, where and what to do, with exit status 2."""
 
+import errno
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import save_file
 from standin import ROOT, SAMPLE, HostilePickle
 
@@ -32,6 +33,7 @@ from weights import load_controlnet, official_state_dict, save_controlnet
 HINT = SAMPLE / "source" / "0.png"
 TRAP = ROOT / "tests" / "trap"  # made if a pickle is opened
 CONTROL = "--controlnet {}/control.safetensors"
+LONG = "a" * 300
 GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
 
 
@@ -148,8 +150,8 @@ MISTAKES = [
     ("train", "--data {}/list", ["prompt.json line 1", '"source"', "expected"]),
     ("train", "--data {}/missing", ["prompt.json line 1", "b.png", "no such file"]),
     ("train", "--data {}/outside", ["prompt.json line 1", "../a.png", "outside the folder"]),
-    ("train", "--data {}/text", ["prompt.json line 1", "text.png", "can't be read as a picture", "save it again"]),
-    ("train", "--data {}/cut", ["prompt.json line 1", "cut.png", "can't be read as a picture", "save it again"]),
+    ("train", "--data {}/text", ["prompt.json line 1", "text.png", "damaged or no picture", "save it again"]),
+    ("train", "--data {}/cut", ["prompt.json line 1", "cut.png", "damaged or no picture", "save it again"]),
     ("train", "--data {}/shape", ["prompt.json line 1", "64x64", "128x64", "crop them alike"]),
     ("train", "--data {}/bytes", ["prompt.json line 1", "no JSON", "expected"]),
     ("train", "--data {}/deep", ["prompt.json line 1", "no JSON", "expected"]),
@@ -176,7 +178,7 @@ MISTAKES = [
     ("sample", "--resolution 63", ["--resolution 63", "multiple of 64"]),
     ("sample", "--control-mode strong", ["--control-mode", "'strong'", "guess"]),
     ("sample", "--controlnet x --hint {}/nowhere.png", ["nowhere.png", "no such file"]),
-    ("sample", "--controlnet x --hint {}/text.png", ["text.png", "can't be read as a picture", "save it again"]),
+    ("sample", "--controlnet x --hint {}/text.png", ["text.png", "damaged or no picture", "save it again"]),
     ("sample", "--controlnet {}/nowhere.pth --hint {}/a.png", ["nowhere.pth", "no such file"]),
     ("sample", "--controlnet {}/objects.pth --hint {}/a.png", ["objects.pth", "more than tensors", ".safetensors"]),
     ("sample", "--controlnet {}/misshapen.safetensors --hint {}/a.png", ["zero_convs.3", "[5, 5, 1, 1]", "expected"]),
@@ -194,9 +196,16 @@ MISTAKES = [
     ("tools.convert", "{}/lora.safetensors {}/out --layout diffusers", ["lora.safetensors", "LoRA"]),
     ("tools.draw_pairs", "--count 0 --output {}/out", ["--count 0", "above 0"]),
     ("tools.draw_pairs", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
-    ("tools.draw_pairs", "--output {}/json", ["json holds pairs already", "another --output"]),
+    ("tools.draw_pairs", "--output {}/json", ["json holds files already", "another --output"]),
     ("tools.plot", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ("tools.plot", "{}/run/log.jsonl --output {}/run/log.jsonl", ["--output", "log.jsonl", ".png"]),
     ("tools.pretrain", "vea", ["'vea'", "vae"]),
+    ("train", "--seed 18446744073709551616", ["--seed 18446744073709551616", "below 2^63"]),
+    ("sample", f"--controlnet x --hint {LONG}.png", ["too long", "correct the path"]),
+    ("sample", f"--output {LONG}.png --steps 1 --resolution 64", ["too long", "choose another folder"]),
+    ("train", f"--base {LONG}", ["too long", "correct the path"]),
+    ("train", f"--data {LONG}", ["too long", "correct the path"]),
+    ("train", f"--output-dir {LONG}", ["too long", "correct the path"]),
 ]
 
 
@@ -224,9 +233,9 @@ def test_one_line(program, options, fragments, place, tmp_path, monkeypatch, cap
     [
         ("train", "--learning-rate nan", ["--learning-rate nan"]),
         ("train", "--base {}/objects.ckpt", ["objects.ckpt"]),
-        ("train", "--data {}/cut --resolution 64", ["cut.png can't be read"]),
+        ("train", "--data {}/cut --resolution 64", ["cut.png is damaged"]),
         ("sample", "--controlnet {}/nowhere.pth --hint {}/a.png", ["nowhere.pth"]),
-        ("tools.draw_pairs", "--output {}/json", ["json holds pairs already"]),
+        ("tools.draw_pairs", "--output {}/json", ["json holds files already"]),
         ("tools.convert", "{}/lora.safetensors {}/out --layout diffusers", ["LoRA"]),
     ],
 )
@@ -238,6 +247,45 @@ def test_through_the_shell(program, options, fragments, place, tmp_path):
     assert "Traceback" not in done.stderr
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert all(fragment in error for fragment in fragments)
+
+
+def test_what_the_machine_refuses(tmp_path, capsys):
+    """No disk, no rights, no name: one line that says where, from anywhere."""
+    for number, told in ((errno.ENOSPC, "No space"), (errno.EACCES, "Permission"), (errno.EMFILE, "Too many open")):
+
+        def refused(number=number):
+            raise OSError(number, os.strerror(number), "some/file")
+
+        with pytest.raises(SystemExit) as ended:
+            run_command_line(refused)
+        line = capsys.readouterr().err
+        assert ended.value.code == 2 and line.startswith(f"error: some/file: {told}") and line.count("\n") == 1
+
+
+def test_processes_without_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": None, "MASTER_PORT": None}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        run_command_line(import_module("train").main)
+    assert "torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_terminal_that_knows_ascii_alone():
+    line = [sys.executable, ROOT / "sample.py", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\u03b2 of classifier-free guidance" in done.stdout
+
+
+def test_nobody_reads_the_output(tmp_path):
+    """`| head`, and a full disk behind stdout, end no program."""
+    line = f"{sys.executable} sample.py --resolution 64 --steps 1 --output {tmp_path / 'out.png'}"
+    for ending in ("> /dev/full 2>&1", "2>&1 | true"):
+        done = subprocess.run(f"set -o pipefail; {line} {ending}", cwd=ROOT, shell=True, executable="/bin/bash")
+        assert done.returncode == 0
+        (tmp_path / "out.png").unlink()
 
 
 def test_twenty_broken_entries_and_a_count(tmp_path, capsys):
@@ -264,6 +312,8 @@ def test_memory_that_runs_out(capsys):
         ("CUDA error: out of memory", "out of memory"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory"),
+        ("could not create a primitive", "out of memory"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "--num-workers 0"),
         ("DataLoader worker (pid 7) is killed by signal: Bus error.", "--shm-size"),
     ):
         with pytest.raises(SystemExit):
@@ -311,7 +361,10 @@ def test_mutated_files_end_in_one_line(tmp_path):
     unet = UNet(TINY.unet)
     save_controlnet(ControlNet.from_unet(unet, TINY.hint_channels), tmp_path / "good.safetensors")
     torch.save({"weight": torch.ones(3)}, tmp_path / "good.pt")
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(tmp_path / "a.jpg")
+    pixels = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+    kinds = ["jpg", "webp", "tif", "gif", "ppm", "tga"] + ["avif"] * features.check("avif")
+    for kind in kinds:
+        Image.fromarray(pixels).save(tmp_path / f"a.{kind}")
     shutil.copy(HINT, tmp_path / "a.png")
     good = [json.dumps({"source": "a.png", "target": "a.png", "prompt": "x"})] * 3
     (tmp_path / "prompt.json").write_text("\n".join(good))
@@ -321,7 +374,7 @@ def test_mutated_files_end_in_one_line(tmp_path):
         ("good.safetensors", 80, lambda path: load_controlnet(path, unet)),
         ("good.pt", 40, read_tensors),
         ("a.png", 80, lambda path: fit_image(open_image(path), 64)),
-        ("a.jpg", 80, lambda path: fit_image(open_image(path), 64)),
+        *((f"a.{kind}", 80, lambda path: fit_image(open_image(path), 64)) for kind in kinds),
         ("config.json", 40, read_json),
         ("prompt.json", 80, lambda path: PairedImages(path.parent, 64)),
     ):
@@ -350,7 +403,7 @@ def test_bombs(tmp_path):
         + chunk(b"IEND", b"")
     )
     (tmp_path / "bomb.png").write_bytes(image)
-    with pytest.raises(UserError, match="bomb.png can't be read"):
+    with pytest.raises(UserError, match="bomb.png is damaged or no picture"):
         open_image(tmp_path / "bomb.png")
     with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(HostilePickle(TRAP), protocol=2))

@@ -5,65 +5,92 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 from standin import ROOT, SAMPLE, read_run, same_tensors
 
 KILLS = int(os.environ.get("KILLS", "5"))
-# train.py, but a weight file is written in two halves with a pause between, so that kills fall inside.
-SLOW_WRITES = """
-import sys, time
+# train.py, but it stops for a while where a kill could do harm, and says so: with half a weight file written, with a
+# checkpoint half removed, with one of the later checkpoints set aside, before and after the log is trimmed.
+SLOW = """
+import shutil, sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
-import support.files, train
+import support.files, support.log, train
 from support.errors import run_command_line
-save_file = support.files.save_file
-def slowly(tensors, path, metadata):
+
+def pause(moment):
+    with open({moments!r}, "a") as file:
+        file.write(moment + "\\n")
+    time.sleep(0.2)
+
+save_file, rmtree, rename, trim_log = support.files.save_file, shutil.rmtree, Path.rename, support.log.trim_log
+
+def save_slowly(tensors, path, metadata):
     save_file(tensors, path, metadata)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    time.sleep(0.15)
+    pause("writing")
     path.write_bytes(content)
-support.files.save_file = slowly
+
+def remove_slowly(path, **options):
+    if Path(path).name.startswith("step-"):
+        (Path(path) / "config.json").unlink(missing_ok=True)
+        pause("removing")
+    rmtree(path, **options)
+
+def rename_slowly(path, target):
+    rename(path, target)
+    pause("going back")
+
+def trim_slowly(*arguments):
+    pause("resuming")
+    kept = trim_log(*arguments)
+    pause("resuming")
+    return kept
+
+support.files.save_file, shutil.rmtree, Path.rename = save_slowly, remove_slowly, rename_slowly
+support.log.trim_log = trim_slowly
 run_command_line(train.main)
 """
 
 
 def test_killed_again_and_again(tmp_path):
-    """Killed at random moments, and inside the writing of checkpoints, a run that is resumed each time ends with the
-    weights and the log of one that was left alone."""
-    steps = 8 * KILLS
-    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "1"]
+    """Killed at random and at the worst moments, a run that is resumed each time, now and then from an earlier step,
+    ends with the weights and the log of one that was left alone."""
+    steps, folder, moments = 6 * KILLS, tmp_path / "killed", tmp_path / "moments"
+    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "1", "--checkpoints-total-limit", "3"]
     options += ["--validation-steps", "0", "--checkpointing-steps", "2", "--max-train-steps", steps]
-    slow = [sys.executable, "-c", SLOW_WRITES.format(root=str(ROOT)), *map(str, options)]
-    slow += ["--output-dir", str(tmp_path / "killed")]
-    log, partial = tmp_path / "killed" / "log.jsonl", tmp_path / "killed" / "checkpoints" / ".partial"
-    rng, kills, inside = random.Random(0), 0, 0
+    program = [sys.executable, "-c", SLOW.format(root=str(ROOT), moments=str(moments)), *map(str, options)]
+    program += ["--output-dir", str(folder)]
+    rng, killed, kinds = random.Random(0), Counter(), ["writing", "removing", "going back", "resuming", "any"]
     while True:
-        resume = ["--resume-from-checkpoint", "latest"] if (tmp_path / "killed" / "config.json").exists() else []
-        before, began = log.stat().st_mtime_ns if log.exists() else 0, time.time_ns()
+        wanted = kinds[killed.total() % len(kinds)] if killed.total() < KILLS else None
+        resume = ["--resume-from-checkpoint", "latest"] if (folder / "config.json").exists() else []
+        complete = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda path: path.stat().st_mtime_ns)
+        if wanted == "going back" and len(complete) > 1:
+            resume[1:] = [str(complete[0].parent)]
+        moments.write_text("")
         with open(tmp_path / "output", "w") as output:
-            process = subprocess.Popen([*slow, *resume], stdout=output, stderr=output)
-        if kills < KILLS:
-            deadline = time.time() + 120  # alive: it has trimmed or written its log
-            while (not log.exists() or log.stat().st_mtime_ns == before) and time.time() < deadline:
+            process = subprocess.Popen([*program, *resume], stdout=output, stderr=output)
+            while wanted not in moments.read_text().split("\n") and process.poll() is None:
                 time.sleep(0.01)
-            if kills % 2:
-                time.sleep(rng.uniform(0, 1.5))
-            else:  # inside the writing of a checkpoint
-                while not (partial.exists() and partial.stat().st_mtime_ns > began) and time.time() < deadline:
-                    time.sleep(0.01)
-            process.kill()
-            kills += process.wait() == -9
-            inside += partial.exists()
+                if wanted == "any" and moments.read_text():
+                    time.sleep(rng.uniform(0, 1.5))
+                    break
+            if wanted:
+                process.kill()
         if process.wait() != -9:
             assert process.returncode == 0, (tmp_path / "output").read_text()
             break
-    print(f"{kills} kills, {inside} of them inside the writing of a checkpoint")
-    assert kills == KILLS
-    assert inside > 0
+        killed[wanted] += 1
+    print(dict(killed))
+    assert killed.total() == KILLS and set(killed) == set(kinds)
 
     whole = [sys.executable, ROOT / "train.py", *options, "--output-dir", tmp_path / "whole"]
     subprocess.run(list(map(str, whole)), check=True, capture_output=True)
-    assert read_run(tmp_path / "killed") == read_run(tmp_path / "whole")
+    assert read_run(folder) == read_run(tmp_path / "whole")
     assert same_tensors(*(tmp_path / name / "controlnet.safetensors" for name in ("killed", "whole")))
-    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
-    assert left == {f"step-{steps - 2}", f"step-{steps}"}
+    left = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert left == {f"step-{steps - 4}", f"step-{steps - 2}", f"step-{steps}"}
+    assert not list(folder.rglob(".*"))

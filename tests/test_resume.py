@@ -2,22 +2,27 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from itertools import count
+from operator import attrgetter
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from standin import ROOT, SAMPLE, HostilePickle, read_run, run_main, same_tensors
 
 import support.files
 import train
-from stable_diffusion import StableDiffusion
+from stable_diffusion import TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
 from support.errors import UserError
-from support.files import read_tensors
+from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
 
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
@@ -37,7 +42,8 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     # What a run leaves.
     folder = tmp_path / "whole"
     assert {path.name for path in folder.iterdir()} == {
-        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "log.jsonl", "previews",
+        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "log.jsonl",
+        "previews",
     }  # fmt: skip
     previews = {path.name for path in (folder / "previews").iterdir()}
     assert previews == {"hint.png", "step-0.png", "step-4.png", "step-5.png"}  # the last one at the end
@@ -102,8 +108,213 @@ def test_resuming_from_an_earlier_step_drops_what_came_after(tmp_path, monkeypat
     assert [entry["step"] for entry in read_run(tmp_path)] == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-2"]
     (first / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json can.t be read as JSON"):
+    with pytest.raises(UserError, match="step-1 is damaged: resume from .*step-2"):
         run_main(monkeypatch, train, *options, "--resume-from-checkpoint", first)
+
+
+def rewrite(path, change):
+    """Change a safetensors file's tensors in place."""
+    tensors, metadata = read_tensors(path)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The folder of a run with checkpoints at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("runs") / "four"
+    options = [*QUICK, "--output-dir", folder, "--validation-steps", "0", "--checkpointing-steps", "2"]
+    with pytest.MonkeyPatch.context() as context:
+        run_main(context, train, *options, "--max-train-steps", "4")
+    return folder
+
+
+@pytest.fixture
+def four(four_steps, tmp_path):
+    """A copy of it, to be spoiled, and the options that go on with it."""
+    folder = tmp_path / "four"
+    shutil.copytree(four_steps, folder)
+    return folder, [*QUICK, "--output-dir", folder, "--validation-steps", "0", "--max-train-steps", "5"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip_a_bit(folder / "state.safetensors"),
+        lambda folder: rewrite(folder / "state.safetensors", lambda tensors: tensors.pop("optimizer.0.exp_avg")),
+        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("4", "3", 1)),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: torch.save(HostilePickle(folder / "trap"), folder / "state.safetensors"),
+    ],
+    ids=["bit", "optimizer", "step", "json", "pickle"],
+)
+def test_damaged_checkpoint(damage, four, monkeypatch, capsys):
+    """It is named, nothing in it is unpickled, and the newest one that is whole is offered, and works."""
+    folder, options = four
+    damage(folder / "checkpoints" / "step-4")
+    with pytest.raises(UserError, match="step-4 is damaged: resume from .*step-2") as raised:
+        run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
+    run_main(monkeypatch, train, *options, "--resume-from-checkpoint", str(raised.value).split()[-1])
+    assert "the checkpoints of steps 4 go when the next one is written" in capsys.readouterr().out
+    assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3, 4, 5]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-5"}
+    assert not list(folder.rglob("trap"))
+
+
+@pytest.mark.parametrize("change", ["missing", "misnamed", "misshapen", "more"])
+def test_checkpoint_of_another_training(change, four, monkeypatch):
+    """One whose checksum is right, but whose tensors are not this training's."""
+    folder, options = four
+    state, config = (folder / "checkpoints" / "step-4" / name for name in ("state.safetensors", "config.json"))
+
+    def spoil(tensors):
+        value = tensors["optimizer.3.exp_avg_sq"]
+        if change in ("missing", "misnamed"):
+            del tensors["optimizer.3.exp_avg_sq"]
+        if change in ("misnamed", "more"):
+            tensors["optimizer.3.exp_avg_square"] = value.clone()
+        if change == "misshapen":
+            tensors["optimizer.3.exp_avg_sq"] = value.flatten()[:1].clone()
+
+    rewrite(state, spoil)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sha256": sha256(state)}))
+    with pytest.raises(UserError, match="state.safetensors is damaged or no checkpoint of this training"):
+        run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-4"}
+
+
+def test_what_a_kill_leaves_is_passed_over(four, monkeypatch):
+    folder, options = four
+    (folder / "checkpoints" / "step-4" / "config.json").unlink()
+    (folder / "checkpoints" / ".partial-x").mkdir()
+    run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
+    assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3, 4, 5]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-5"}
+
+
+def test_checkpoint_of_another_run(four, four_steps, monkeypatch):
+    folder, options = four
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = four_steps / "checkpoints" / "step-2"
+    with pytest.raises(UserError, match=f"step-2 is another run's, .*pass --output-dir {four_steps}"):
+        run_main(monkeypatch, train, *options, "--resume-from-checkpoint", other)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_another_number_of_threads_is_told(four, monkeypatch, capsys):
+    folder, options = four
+    record = folder / "inputs.json"
+    record.write_text(record.read_text().replace(" threads)", "0 threads)"))
+    run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
+    assert "0 threads); on cpu" in capsys.readouterr().out
+
+
+def test_a_log_that_is_not_all_a_log(four, monkeypatch, capsys):
+    folder, options = four
+    entries, log = read_run(folder), folder / "log.jsonl"
+    log.write_bytes(b'[1]\n"step"\n{"step": "one"}\n{"loss": 1}\n\xff\xfe\n' + log.read_bytes() + b'{"step": 5, "l')
+    assert read_run(folder) == entries
+    assert "log.jsonl: 6 of 10 lines are no entries and left out" in capsys.readouterr().out
+    run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
+    assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("what", ["hint", "target", "prompt", "base"])
+def test_other_inputs_are_refused(what, tmp_path, monkeypatch):
+    """Something else under the same name."""
+    data, base = tmp_path / "data", tmp_path / "base" / TINY_FILE.name
+    shutil.copytree(SAMPLE, data)
+    shutil.copytree(TINY_FILE.parent, base.parent)
+    options = ["--data", data, *QUICK[2:], "--base", base, "--output-dir", tmp_path / "run", "--validation-steps", "0"]
+    run_main(monkeypatch, train, *options, "--max-train-steps", "1")
+    cached, changed = (tmp_path / "run" / "cache" / "moments.npy").read_bytes(), f"{data / 'prompt.json'} line 2"
+    if what == "prompt":
+        listing, changed = data / "prompt.json", f"{data / 'prompt.json'} line 1"
+        listing.write_text(listing.read_text().replace("coral circle", "red circle"))
+    elif what == "base":
+        changed = "the base's UNet"
+        rewrite(base, lambda tensors: tensors["model.diffusion_model.out.2.bias"].add_(0.125))
+    else:
+        folder = {"hint": "source", "target": "target"}[what]
+        shutil.copy(data / folder / "0.png", data / folder / "1.png")
+    with pytest.raises(UserError, match=f"{changed} is not what .* was trained with: restore it"):
+        run_main(monkeypatch, train, *options, "--max-train-steps", "2", "--resume-from-checkpoint", "latest")
+    assert (tmp_path / "run" / "cache" / "moments.npy").read_bytes() == cached
+
+
+@pytest.mark.parametrize(
+    "where, call, saved",
+    [
+        ("support.cache.CachedPairs.__getitem__", 7, 2),  # the third batch's first pair
+        ("torch.optim.AdamW.step", 3, None),  # between two steps there is nothing whole to save
+        ("support.log.Log.write", 3, 3),
+        ("train.export", 1, 4),
+    ],
+)
+def test_an_error_loses_no_step(where, call, saved, four_steps, tmp_path, monkeypatch, capsys):
+    """Whatever ends a run in its middle, what is done is saved, and goes on as if nothing had been."""
+    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--checkpointing-steps", "4"]
+    real, calls = attrgetter(where.partition(".")[2])(import_module(where.partition(".")[0])), count(1)
+
+    def fails_once(*arguments):
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(where, fails_once)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_main(monkeypatch, train, *options, "--max-train-steps", "4")
+    there = {path.name for path in (tmp_path / "checkpoints").glob("*")}
+    assert there == ({f"step-{saved}"} if saved else set())
+    assert (f"saved step {saved}: go on with --resume" in capsys.readouterr().out) == (saved in (2, 3))
+    run_main(monkeypatch, train, *options, "--max-train-steps", "4", "--resume-from-checkpoint", "latest")
+    assert read_run(tmp_path) == read_run(four_steps)
+    states = (folder / "checkpoints" / "step-4" / "state.safetensors" for folder in (tmp_path, four_steps))
+    assert same_tensors(*states)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_the_terminal_goes_away(tmp_path, monkeypatch):
+    """A closed pipe, a closed terminal: output is lost, training is not."""
+    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "2000"]
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, options)], cwd=ROOT, stdout=write, stderr=write)
+    os.close(write)
+    os.close(read)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").exists() or len(read_run(tmp_path)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+    steps = len(read_run(tmp_path))
+    assert (tmp_path / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()
+    assert (tmp_path / "convergence.png").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "1"]
+    with pytest.raises(UserError, match="state.safetensors was not written: .* not finite; lower --learning-rate"):
+        run_main(monkeypatch, train, *options, "--learning-rate", "1e39")
+    assert not list((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "controlnet.safetensors").exists()
+
+
+def test_files_are_written_under_new_names(tmp_path):
+    """A link planted under a temporary name that could be guessed is not written through."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in (".partial-a.json", "a.json.partial", "a.json"):
+        (tmp_path / name).symlink_to(victim)
+    save_json({}, tmp_path / "a.json")
+    assert victim.read_text() == "precious"
+    assert json.loads((tmp_path / "a.json").read_text()) == {} and not (tmp_path / "a.json").is_symlink()
 
 
 def test_optimizer_state_keeps_its_memory_format():
@@ -183,16 +394,6 @@ def test_previews_of_a_run_that_died_are_not_taken_for_its_own(tmp_path, monkeyp
     run_main(monkeypatch, train, *options, "--resolution", "128")
     assert Image.open(tmp_path / "previews" / "step-0.png").size == (4 * 128, 128)
     assert (tmp_path / "previews" / "step-0 copy.png").exists()
-
-
-def test_malicious_checkpoint_folder(tmp_path, monkeypatch):
-    """A pickle under a checkpoint's file name is no safetensors file, and is never unpickled."""
-    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "1"]
-    run_main(monkeypatch, train, *options)
-    torch.save(HostilePickle(tmp_path / "trap"), tmp_path / "checkpoints" / "step-1" / "state.safetensors")
-    with pytest.raises(UserError, match="state.safetensors is no safetensors file"):
-        run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest", "--max-train-steps", "2")
-    assert not (tmp_path / "trap").exists()
 
 
 def test_what_may_change_on_resume():

@@ -24,7 +24,7 @@ from standin import (
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from stable_diffusion import SD15_REPO, StableDiffusion
+from stable_diffusion import SD15_REPO, TINY_FILE, StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors
 from support.formats import DIFFUSERS_FILE, Layout, diffusers_config, pattern, read_sizes, read_tokenizer
@@ -328,3 +328,20 @@ def test_sd15_fetches_weights_and_merges(hub, tmp_path):
     tokenizer = read_tokenizer(tmp_path / "alone.safetensors", 600, SD15_REPO)
     assert len(tokenizer.ids) == 600
     assert asked[-1] == (SD15_REPO, "tokenizer/merges.txt")
+
+
+def test_numbers_that_are_no_weights():
+    unet = small_unet()
+    tensors = official_state_dict(unet)
+    name = "model.diffusion_model.out.2.bias"
+    with pytest.raises(UserError, match="out.2.bias holds torch.int8 numbers, not weights"):
+        load_official(unet, tensors | {name: tensors[name].to(torch.int8)})
+
+
+@pytest.mark.parametrize("scale", [0, "nan", -1])
+def test_latents_need_a_scale(scale, tmp_path):
+    tensors, metadata = read_tensors(TINY_FILE)
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"latent_scale": scale})
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(UserError, match=rf"a.safetensors: .* make no model .*latent_scale {float(scale)}"):
+        StableDiffusion.load(tmp_path / "a.safetensors")

@@ -5,13 +5,13 @@ from pathlib import Path
 from convergence import plot_convergence
 from support.errors import UserError, run_command_line
 from support.log import read_log
-from support.options import ArgumentParser
+from support.options import ArgumentParser, png
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m tools.plot", description="Plot the logs of trainings.")
     parser.add_argument("log", nargs="+", type=Path, help="log.jsonl of a run; several are drawn over each other")
-    parser.add_argument("--output", type=Path, default=Path("convergence.png"), help="default: convergence.png")
+    parser.add_argument("--output", type=png, default=Path("convergence.png"), help="default: convergence.png")
     args = parser.parse_args()
     missing = next((path for path in args.log if not path.is_file()), None)
     if missing:

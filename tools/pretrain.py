@@ -112,7 +112,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
         tensors |= {f"module.{k}": v for k, v in module.state_dict().items()} | optimizer_tensors(optimizer)
         save_tensors({k: v.clone() for k, v in tensors.items()}, path, {"step": str(step)})
 
-    began = time.time()
+    began = time.monotonic()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage)
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
@@ -126,7 +126,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
             average.update_parameters(module)
             if step % 20 == 0:
                 entry = {"step": step, "loss": loss.item()} | {k: float(v) for k, v in values.items()}
-                log.write(json.dumps(entry | {"seconds": round(time.time() - began, 1)}) + "\n")
+                log.write(json.dumps(entry | {"seconds": round(time.monotonic() - began, 1)}) + "\n")
                 log.flush()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in entry.items() if k != "step"})
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
