@@ -1,7 +1,6 @@
 """Checkpoints: checkpoints/step-N with the trained weights, the optimizer's state and the options."""
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from support.errors import UserError, reading, writing
-from support.files import PARTIAL, UMASK, move, read_json, read_tensors, save_json, save_tensors, sha256
+from support.files import read_json, read_tensors, save_json, save_tensors, sha256, whole_folder
 
 STATE, CONFIG = "state.safetensors", "config.json"
 ASIDE = ".aside-"  # begins the name of folders with checkpoints that a run has gone back behind
@@ -53,17 +52,11 @@ def save_checkpoint(
     The order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
     Then all but the newest `limit` go, and so does what was set aside. Raises UserError, as save_tensors does.
     """
+    metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
-        metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
-        try:
+        with whole_folder(folder / f"step-{step}") as temporary:
             save_tensors(state_tensors(trained, optimizer), temporary / STATE, metadata)
             save_json({"step": step, "sha256": sha256(temporary / STATE)} | config, temporary / CONFIG)
-            os.chmod(temporary, 0o777 & ~UMASK)
-            move(temporary, folder / f"step-{step}")
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         found = steps_in(folder)
         for number in sorted(found)[:-limit]:
             shutil.rmtree(found[number])

@@ -1,13 +1,15 @@
 """Files in and out: reading never runs code, writing never leaves half a file."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -74,6 +76,22 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # it is gone when all went well
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, to be filled; it gets that name if nothing goes wrong, and is removed otherwise.
+
+    Raises OSError when there is something in `path` already, or when nothing can be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~UMASK)
+        move(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:

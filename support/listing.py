@@ -1,16 +1,13 @@
 """Folders of pairs: a listing with one JSON object a line, and the pictures that it names."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
 from support.errors import UserError, reading, writing
-from support.files import PARTIAL, UMASK, move
+from support.files import whole_folder
 from support.pictures import open_image
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and the one of Hugging Face's folders of images.
@@ -100,19 +97,12 @@ def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, 
 
     Raises UserError when it can't be written, or if there is something in it already.
     """
-    with writing(folder, "another --output"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-        try:
-            for part in ("source", "target"):
-                (temporary / part).mkdir()
-            with open(temporary / "prompt.json", "w", encoding="utf-8") as listing:
-                for i, (hint, target, prompt) in enumerate(scenes):
-                    hint.save(temporary / f"source/{i}.png")
-                    target.save(temporary / f"target/{i}.png")
-                    entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
-                    listing.write(json.dumps(entry) + "\n")
-            os.chmod(temporary, 0o777 & ~UMASK)
-            move(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with writing(folder, "another --output"), whole_folder(folder) as temporary:
+        for part in ("source", "target"):
+            (temporary / part).mkdir()
+        with open(temporary / "prompt.json", "w", encoding="utf-8") as listing:
+            for i, (hint, target, prompt) in enumerate(scenes):
+                hint.save(temporary / f"source/{i}.png")
+                target.save(temporary / f"target/{i}.png")
+                entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+                listing.write(json.dumps(entry) + "\n")

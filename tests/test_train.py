@@ -153,7 +153,9 @@ def test_broken_hint_is_found_before_training(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py", *options], capture_output=True, text=True)
     assert done.returncode == 2
     line = done.stderr.strip().split("\n")[-1]  # after a progress bar
-    assert line.startswith(f"error: {folder / 'prompt.json'} line 3: {folder / 'source' / '2.png'} can't be read")
+    assert line.startswith(
+        f"error: {folder / 'prompt.json'} line 3: {folder / 'source' / '2.png'} is damaged or no picture"
+    )
     assert "\n" not in line and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()  # nothing was begun
 
