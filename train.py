@@ -139,7 +139,7 @@ def train(
         run.scaler.update()
         optimizer.zero_grad()
 
-        entry = run.done({"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate})
+        entry = run.finished({"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate})
         if run.due(step, args.preset.response_steps):
             entry |= held_out.response(denoiser)
         if run.due(step, args.validation_steps):

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from support.listing import refuse_broken
 
 FLUSH_EVERY = 1000  # rows
 UNET = "the base's UNet"
+# What a terminal sends to all processes of a program: Ctrl-C, and its own end, which Windows does not tell.
+STOPPED_BY_TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class CachedPairs(Dataset):
@@ -38,7 +40,9 @@ class CachedPairs(Dataset):
 
     def row(self, name: str, index: int) -> Tensor:
         # Mapped afresh each time: a map that is kept would be copied whole into every process that loads pictures.
-        return torch.from_numpy(np.load(self.folder / name, mmap_mode="r")[index].copy()).float()
+        with reading(self.folder / name, "encoded pictures", "delete it and resume"):
+            rows = np.load(self.folder / name, mmap_mode="r")
+        return torch.from_numpy(rows[index].copy()).float()
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -58,30 +62,29 @@ def context_rows(prompts: list[str]) -> dict[str, int]:
 def fingerprints(sd, pairs, held_out) -> dict[str, str]:
     """All that a training is made from: name -> a checksum, the same on another machine or device."""
 
-    def digest(*parts) -> str:
+    def digest(parts: Iterable) -> str:
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def weights(*modules: nn.Module) -> str:
         tensors = (tensor for module in modules for tensor in module.state_dict().values())
-        return digest(*(tensor.cpu().contiguous().numpy() for tensor in tensors))
+        return digest(tensor.cpu().contiguous().numpy() for tensor in tensors)
 
     base = {
         UNET: weights(sd.unet),
         "the base's VAE or text encoder": weights(sd.vae, sd.text_encoder),
-        "the base's tokenizer": digest(json.dumps(sd.tokenizer.tokens).encode()),
+        "the base's tokenizer": digest([json.dumps(sd.tokenizer.tokens).encode()]),
     }
-    with reading("the data", "picture", "correct or remove its pair"):
-        listed = {
-            prefix + some.name(i): digest(json.dumps([some.prompts[i], some.content(i)]).encode())[:16]
-            for prefix, some in (("", pairs), ("held-out ", held_out))
-            for i in range(len(some))
-        }
-    return base | listed
+    return base | {
+        prefix + some.name(i): digest([some.prompts[i].encode(), some.content(i).encode()])[:16]
+        for prefix, some in (("", pairs), ("held-out ", held_out))
+        for i in range(len(some))
+    }
 
 
 def ignore_interrupt(worker: int) -> None:
     """For processes that load pictures: Ctrl-C reaches them too, but when to stop is the main process's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPPED_BY_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Targets(Dataset):
@@ -105,7 +108,7 @@ def holds(path: Path, shape: tuple[int, ...]) -> bool:
     try:
         rows = np.load(path, mmap_mode="r")
         return (rows.shape, rows.dtype) == (shape, np.float16)
-    except Exception:  # none there; else, whatever numpy makes of foreign bytes
+    except Exception:  # no file, or anything else in it
         return False
 
 

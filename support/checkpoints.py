@@ -75,8 +75,8 @@ def set_aside(folder: Path, last_step: int) -> list[int]:
 
 
 def clear(folder: Path, prefix: str) -> None:
-    """Remove all in a folder whose names begin like that."""
-    for path in list(folder.rglob(f"{prefix}*")):
+    """Remove what a killed process left in a folder, by the beginning of its name."""
+    for path in folder.glob(f"{prefix}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -94,35 +94,32 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     Raises UserError when there is no such checkpoint, no run, or when it is not what was saved: then with the newest
     one that is.
     """
-    found = {step: path for step, path in steps_in(folder).items() if is_complete(path)}
+    found = steps_in(folder)
     if wanted == "latest" and not found:
         if (folder.parent / CONFIG).is_file():
             return None
         raise UserError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out")
     path = found[max(found)] if wanted == "latest" else Path(wanted)
-    if not is_complete(path):
-        raise UserError(f"{path} is no checkpoint: expected {STATE} and {CONFIG} in it")
     if path.resolve().parent != folder.resolve():
-        raise UserError(f"{path} is another run's, not in {folder}: pass --output-dir {path.parent.parent}")
+        if (path / STATE).is_file():
+            raise UserError(f"{path} is another run's, not in {folder}: pass --output-dir {path.parent.parent}")
+        raise UserError(f"{path} is no checkpoint: pass latest, or a folder of {folder}, with {STATE} in it")
     if is_damaged(path):
         others = (found[step] for step in sorted(found, reverse=True) if found[step].name != path.name)
         good = next((other for other in others if not is_damaged(other)), None)
-        raise UserError(f"{path} is damaged: " + (f"resume from {good}" if good else "start another --output-dir"))
+        remedy = f"resume from {good}" if good else "start another --output-dir"
+        raise UserError(f"{path} is damaged or renamed: {remedy}")
     return path
-
-
-def is_complete(path: Path) -> bool:
-    """Not what is left of a checkpoint whose removal was interrupted."""
-    return (path / STATE).is_file() and (path / CONFIG).is_file()
 
 
 def is_damaged(path: Path) -> bool:
     """Whether a checkpoint holds anything else than what was written as its step."""
     try:
         config = read_json(path / CONFIG)
-    except UserError:
+        saved = config.get("sha256")  # missing in checkpoints of earlier versions
+        return f"step-{config.get('step')}" != path.name or saved not in (None, sha256(path / STATE))
+    except (UserError, OSError):
         return True
-    return f"step-{config.get('step')}" != path.name or config.get("sha256") != sha256(path / STATE)
 
 
 def check_config(path: Path, config: dict) -> int:

@@ -1,6 +1,7 @@
 """How a command line ends when the user made a mistake: one line on stderr, exit status 2, no traceback."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +12,25 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-# What PyTorch says in a RuntimeError -> what the user is told; {less_memory} names the options that need less.
+# What an error says -> what the user is told; {less_memory} names the options that need less.
 MEMORY = "out of memory ({said}): try {less_memory}"
-SAID_BY_TORCH = {
+SAID_IN_ERRORS = {
     "can't allocate memory": MEMORY,
+    "Cannot allocate memory": MEMORY,  # ENOMEM
     "could not create a primitive": MEMORY,  # oneDNN, which doesn't say why
     "CUDA error: out of memory": MEMORY,
     "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
     "CUDNN_STATUS_ALLOC_FAILED": MEMORY,
     "Bus error": "shared memory ran out: take --num-workers 0, or give a container more with --shm-size",
     "DataLoader worker": "a process that loads pictures has died ({said}): take --num-workers 0",
+}
+
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EAGAIN: "close other programs",
 }
 
 
@@ -35,16 +45,32 @@ class UserError(Exception):
         self.details = details
 
 
+def known_cause(error: Exception) -> str | None:
+    """What to tell the user where memory, processes or the like ran out; None for any other error."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return MEMORY
+    return next((line for phrase, line in SAID_IN_ERRORS.items() if phrase in str(error)), None)
+
+
+def explain(error: OSError, path: str | Path = "") -> str:
+    """The line for an error of the operating system: where, what, what to do."""
+    place = f"{error.filename or path}: ".removeprefix(": ")
+    reason = (error.strerror or str(error)).lower()
+    return f"{place}{reason}; {REMEDIES.get(error.errno, 'correct the path or its permissions')}"
+
+
 @contextlib.contextmanager
 def reading(path: str | Path, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
     """Around a reader of foreign bytes: all that it raises becomes a UserError that names the path, or the damage."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if known_cause(error):
+            raise
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"{error.filename or path}: {os.strerror(error.errno).lower()}; correct the path") from None
+            raise UserError(explain(error, path)) from None
         raise UserError(f"{path} is damaged or no {kind} ({error}): {remedy}") from None
 
 
@@ -79,7 +105,8 @@ class Output:
         try:
             use()
         except OSError:  # `| head` has seen enough, the terminal was closed, the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def run_command_line(main: Callable[[], None], less_memory: str = "closing other programs") -> None:
@@ -94,16 +121,13 @@ def run_command_line(main: Callable[[], None], less_memory: str = "closing other
     except UserError as error:
         message = str(error).split("UserError: ")[-1]  # from a loader's worker process it comes inside a traceback
         fail(*error.details, message)
-    except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}; correct the path, or make room")
-    except (MemoryError, RuntimeError) as error:
-        said = str(error).split("\n")[0].split(". ")[0]
-        known = [line for phrase, line in SAID_BY_TORCH.items() if phrase in str(error)]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            known = [MEMORY]
-        if not known:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if line := known_cause(error):
+            said = str(error).split("\n")[0].split(". ")[0]
+            fail(line.format(said=said, less_memory=less_memory))
+        if not isinstance(error, OSError):
             raise
-        fail(known[0].format(said=said, less_memory=less_memory))
+        fail(explain(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

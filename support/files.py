@@ -70,7 +70,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:  # Windows flushes only what it may write
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~UMASK)  # until now only its owner could read it
             move(temporary, path)
@@ -90,6 +90,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o777 & ~UMASK)
         move(temporary, path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -116,12 +118,12 @@ def move(source: Path, target: Path) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, replacing what was there only when it is complete.
 
-    Raises UserError when a number is not finite: nobody can use such weights.
+    Raises UserError when a number is not finite: such weights are of no use.
     """
     # To the CPU first: contiguous copies of channels_last tensors, all at once, would fill a card.
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if broken := next((name for name, tensor in contiguous.items() if not tensor.isfinite().all()), None):
-        raise UserError(f"{path} was not written: {broken} has numbers that are not finite; lower --learning-rate")
+        raise UserError(f"{path} was not written: {broken} is not finite, as after too high a learning rate")
     metadata = {"format": "pt"} | (metadata or {})
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
 
@@ -146,9 +148,9 @@ def fingerprint(path: Path) -> str:
         return f"{size} {hashlib.sha256(ends + file.read()).hexdigest()}"
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, remedy: str = "restore it") -> dict:
     """A JSON object. Raises UserError when it is missing or something else."""
-    with reading(path, "JSON object", "restore it"):
+    with reading(path, "JSON object", remedy):
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support.errors import UserError, reading
+from support.errors import UserError, reading, writing
 
 
 def fetch(repo: str, file: str, advice: str) -> Path:
@@ -52,7 +52,8 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
         found = next(Path(temporary).rglob(contains), None)
         if found is None:
             raise UserError(f"{archive} has no {contains} in it: delete it, so that it is fetched again")
-        os.replace(found.parent, folder)
+        with writing(folder, "another folder to start from"):
+            os.replace(found.parent, folder)
     return folder
 
 
@@ -63,4 +64,5 @@ def unpack(archive: Path, folder: Path) -> None:
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
         for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
-            file.extract(name, folder)
+            with writing(folder):
+                file.extract(name, folder)

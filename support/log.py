@@ -13,7 +13,7 @@ from support.files import write_atomically
 
 
 def read_log(path: Path) -> list[dict]:
-    """A log's entries; none if there is no log. What is no entry, as a line that a crash cut short, is left out."""
+    """A log's entries; none if there is no log. Other lines are left out, such as one that a crash cut short."""
     lines, entries = path.read_bytes().splitlines() if path.exists() else [], []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
@@ -25,11 +25,15 @@ def read_log(path: Path) -> list[dict]:
     return entries
 
 
+def write_log(path: Path, entries: list[dict]) -> None:
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def trim_log(path: Path, last_step: int) -> list[dict]:
     """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
     kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_log(path, kept)
     return kept
 
 
@@ -52,7 +56,7 @@ class Log:
 
     def write(self, entry: dict) -> None:
         """Add a finished step. Raises UserError when the disk is full."""
-        self.history.append(entry | {"seconds": round(time.monotonic() - self.began, 2)})
+        self.add(entry)
         with writing(self.file.name):
             self.file.write(json.dumps(self.history[-1]) + "\n")
             self.file.flush()
@@ -64,8 +68,17 @@ class Log:
                 with Image.open(preview) as picture:
                     self.writer.add_image("preview", np.asarray(picture), entry["step"], dataformats="HWC")
 
+    def add(self, entry: dict) -> None:
+        self.history.append(entry | {"seconds": round(time.monotonic() - self.began, 2)})
+
+    def repair(self, entry: dict) -> None:
+        """After an error, write the whole log again, with the last step's entry. Raises UserError."""
+        if not self.history or self.history[-1]["step"] < entry["step"]:
+            self.add(entry)
+        write_log(self.folder / "log.jsonl", self.history)
+
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which `write` has told already
+        with contextlib.suppress(OSError):  # a full disk, already reported
             self.file.close()
         if self.writer:
             self.writer.close()

@@ -103,6 +103,6 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > MOST_OBLONG * min(image.size):
                 raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
-            if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-                raise UserError(f"{path} has numbers, not 8 or 16 bits a channel: save it again as PNG")
+            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+                raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
             return ImageOps.exif_transpose(image)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from support.cache import CachedPairs, cache_latents, fingerprints, ignore_interrupt
+from support.cache import STOPPED_BY_TERMINAL, CachedPairs, cache_latents, fingerprints, ignore_interrupt
 from support.checkpoints import (
     check_config,
     clear,
@@ -83,7 +83,6 @@ class Run:
                                 "another --output-dir")  # fmt: skip
             if self.processes > 1:
                 self.join_processes()
-                self.exits.callback(distributed.destroy_process_group)
             self.exits = self.exits.pop_all()
         return self
 
@@ -92,17 +91,18 @@ class Run:
         with self.exits:
             if isinstance(error, Exception) and self.writes and self.whole and self.step > self.start:
                 self.keep()
+            if error is None and self.processes > 1:  # after an error, the others would be waited for
+                distributed.destroy_process_group()
 
     def keep(self) -> None:
-        """Save after an error, which is what matters then: another one is told beside it."""
+        """Save after an error. A second error, here, is only reported."""
         try:
             if self.step not in steps_in(self.folder / "checkpoints"):
                 self.save()
                 self.say(f"saved step {self.step}: go on with --resume-from-checkpoint latest")
-            if not self.history or self.history[-1]["step"] < self.step:
-                self.log(self.entry)
-        except UserError as error:
-            self.say(f"step {self.step} could not be saved: {error}")
+            self.log_book.repair(self.entry)
+        except Exception as error:
+            self.say(f"after the error below, this too: {error}")
 
     def join_processes(self) -> None:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -164,22 +164,23 @@ class Run:
         if self.writes:
             inputs = fingerprints(sd, pairs, held_out)
             if self.checkpoint and record.exists():
-                known = read_json(record)
+                known = read_json(record, "delete it, and these are taken for the same")
                 if (before := known.pop("device", device)) != device:
                     self.say(f"warning: so far it was trained on {before}; on {device} the last bits can differ")
-                for name in [name for name in known | inputs if known.get(name) != inputs.get(name)][:1]:
-                    raise UserError(f"{name} is not what {self.folder} was trained with: restore it, or start another "
+                if other := next((name for name in known | inputs if known.get(name) != inputs.get(name)), None):
+                    raise UserError(f"{other} is not what {self.folder} was trained with: restore it, or start another "
                                     "--output-dir")  # fmt: skip
+            for part in (self.folder, folder, self.folder / "checkpoints", self.folder / "previews"):
+                clear(part, PARTIAL)
             cache_latents(sd, pairs, held_out, folder, inputs, self.args.num_workers)
             save_json(inputs | {"device": device}, record)
-            self.clean_up()
+            if self.start == 0:
+                self.drop_previews(-1)  # of a run that died before its first checkpoint
         return CachedPairs(pairs, folder)
 
-    def clean_up(self) -> None:
-        """Remove what a killed process left, and the previews of steps that are done again."""
-        clear(self.folder, PARTIAL)
+    def drop_previews(self, after: int) -> None:
         for step, path in steps_in(self.folder / "previews", ".png").items():
-            if step > self.start or self.start == 0:
+            if step > after:
                 path.unlink()
 
     def resume(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -190,6 +191,7 @@ class Run:
         if self.writes:
             if later := set_aside(self.folder / "checkpoints", self.start):
                 self.say(f"the checkpoints of steps {', '.join(map(str, later))} go when the next one is written")
+            self.drop_previews(self.start)
             save_json(self.config, self.folder / "config.json")
             self.log_book = Log(self.folder, self.start, self.args.report_to == "tensorboard")
             self.exits.callback(self.log_book.close)
@@ -224,26 +226,22 @@ class Run:
 
         Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second one stops at once.
         """
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup ignores
-            numbers.append(signal.SIGHUP)
-        handlers = {number: signal.signal(number, self.ask_to_stop) for number in numbers}
+        for number in (signal.SIGTERM, *STOPPED_BY_TERMINAL):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                self.exits.callback(signal.signal, number, signal.signal(number, self.ask_to_stop))
         last = self.args.max_train_steps
         self.bar = tqdm(initial=self.start, total=last, desc="training", disable=not self.writes)
-        try:
+        with self.bar:
             for step in range(self.start + 1, last + 1):
                 yield step
                 self.bar.update()
                 if self.stopping:
                     break
-        finally:
-            self.bar.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
     def ask_to_stop(self, number, frame) -> None:
         self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number in (signal.SIGINT, signal.SIGTERM):  # a terminal's end is told twice
+            signal.signal(number, signal.SIG_DFL)
 
     def slice(self, size: int) -> slice:
         return slice(self.rank * size, (self.rank + 1) * size)
@@ -276,9 +274,9 @@ class Run:
                 f"step {step}: loss {loss}, gradient norm {gradient_norm}, with {', '.join(names)}; look at these "
                 "pairs, lower --learning-rate or take --mixed-precision no"
             )
-        self.whole = False  # from here to `done` the weights are between two steps
+        self.whole = False  # from here to `finished` the weights are between two steps
 
-    def done(self, entry: dict) -> dict:
+    def finished(self, entry: dict) -> dict:
         """Note that the step of a log's entry is done; the entry, to which measurements may be added."""
         self.step, self.whole = entry["step"], True
         if self.skipped:
@@ -312,8 +310,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
-        folder, limit = self.folder / "checkpoints", self.args.checkpoints_total_limit
+        folder, limit, self.whole = self.folder / "checkpoints", self.args.checkpoints_total_limit, False
         save_checkpoint(folder, self.step, self.trained, self.optimizer, self.scaler, self.config, limit)
+        self.whole = True  # else it would be tried once more
 
     def say_what_next(self, prompt: str) -> None:
         """The command that goes on with a stopped run, or samples what was learned."""

@@ -11,12 +11,16 @@ import train
 from support.files import read_tensors
 
 
-def launch(folder, processes, *options):
+def torchrun(folder, processes, *options, program=ROOT / "train.py"):
     """torchrun with gloo processes on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [ROOT / "train.py", "--data", SAMPLE, "--resolution", "64", "--validation-steps", "2", "--device", "cpu"]
+    command += [program, "--data", SAMPLE, "--resolution", "64", "--validation-steps", "2", "--device", "cpu"]
     command += ["--output-dir", folder, *options]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=600)
+
+
+def launch(folder, processes, *options):
+    done = torchrun(folder, processes, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_tensors(folder / "controlnet.safetensors")[0]
 
@@ -40,3 +44,44 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     assert [entry["step"] for entry in logs[1]] == [1, 2, 3, 4]  # one process writes it
     assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-4)
     assert logs[1] == logs[2]
+
+
+# train.py, but the loss of the third batch is no number, and writing takes its time.
+BROKEN = """
+import sys, time
+sys.path.insert(0, {root!r})
+import support.files, train
+from support.errors import run_command_line
+mse_loss, save_file, losses = train.F.mse_loss, support.files.save_file, []
+
+def broken(*arguments):
+    losses.append(mse_loss(*arguments))
+    return losses[-1] * float("nan") if len(losses) == 3 else losses[-1]
+
+def slowly(*arguments):
+    time.sleep(3)
+    save_file(*arguments)
+
+train.F.mse_loss, support.files.save_file = broken, slowly
+run_command_line(train.main)
+"""
+
+
+def test_an_error_in_all_processes(tmp_path):
+    """torchrun ends the writing process as soon as another one has ended: it saves the last step all the same."""
+    (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT)))
+    options = [
+        "--max-train-steps",
+        "4",
+        "--validation-steps",
+        "0",
+        "--validation-hints",
+        "1",
+        "--train-batch-size",
+        "1",
+    ]
+    done = torchrun(tmp_path / "run", 2, *options, program=tmp_path / "broken.py")
+    assert done.returncode != 0 and "error: step 3: loss nan" in done.stderr
+    assert "saved step 2: go on with --resume-from-checkpoint latest" in done.stdout
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert [entry["step"] for entry in read_run(tmp_path / "run")] == [1, 2]

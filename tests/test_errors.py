@@ -250,8 +250,13 @@ def test_through_the_shell(program, options, fragments, place, tmp_path):
 
 
 def test_what_the_machine_refuses(tmp_path, capsys):
-    """No disk, no rights, no name: one line that says where, from anywhere."""
-    for number, told in ((errno.ENOSPC, "No space"), (errno.EACCES, "Permission"), (errno.EMFILE, "Too many open")):
+    """No room, no rights, no memory: one line that says where and what to do, from anywhere."""
+    for number, told, remedy in (
+        (errno.ENOSPC, "some/file: no space", "; make room"),
+        (errno.EACCES, "some/file: permission", "; correct the path or its permissions"),
+        (errno.EMFILE, "some/file: too many open", "; allow more open files (ulimit -n)"),
+        (errno.ENOMEM, "out of memory", "try closing other programs"),
+    ):
 
         def refused(number=number):
             raise OSError(number, os.strerror(number), "some/file")
@@ -259,7 +264,8 @@ def test_what_the_machine_refuses(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             run_command_line(refused)
         line = capsys.readouterr().err
-        assert ended.value.code == 2 and line.startswith(f"error: some/file: {told}") and line.count("\n") == 1
+        assert ended.value.code == 2 and line.startswith(f"error: {told}") and line.count("\n") == 1
+        assert line.endswith(f"{remedy}\n")
 
 
 def test_processes_without_torchrun(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,16 @@ def test_killed_again_and_again(tmp_path):
     ends with the weights and the log of one that was left alone."""
     steps, folder, moments = 6 * KILLS, tmp_path / "killed", tmp_path / "moments"
     options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "1", "--checkpoints-total-limit", "3"]
-    options += ["--validation-steps", "0", "--checkpointing-steps", "2", "--max-train-steps", steps]
+    options += [
+        "--num-workers",
+        "1",
+        "--validation-steps",
+        "0",
+        "--checkpointing-steps",
+        "2",
+        "--max-train-steps",
+        steps,
+    ]
     program = [sys.executable, "-c", SLOW.format(root=str(ROOT), moments=str(moments)), *map(str, options)]
     program += ["--output-dir", str(folder)]
     rng, killed, kinds = random.Random(0), Counter(), ["writing", "removing", "going back", "resuming", "any"]

@@ -1,5 +1,6 @@
 """A run's folder has one owner: `STARTS=50 pytest tests/test_lock.py` starts two trainings at once fifty times."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 from standin import ROOT, SAMPLE, read_run
 
+import support.lock
 from support.errors import UserError
 from support.lock import owned
 
@@ -27,6 +29,27 @@ def test_only_one_has_it(tmp_path):
         (folder / "result").write_text("")
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_child_does_not_keep_it(tmp_path):
+    """Processes that load pictures live for seconds after a kill: until then nobody could resume."""
+    with owned(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    with owned(tmp_path):
+        child.kill()
+    child.join()
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    """As on some network file systems: a warning, no more."""
+
+    def not_here(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(support.lock.fcntl, "flock", not_here)
+    with owned(tmp_path):
+        assert "can't be locked (No locks available): use it for one run at a time" in capsys.readouterr().err
 
 
 def take_again_and_again(folder):
@@ -61,8 +84,8 @@ def test_two_trainings_started_at_once(tmp_path):
     for i in range(STARTS):
         folder = tmp_path / str(i)
         pair = [subprocess.Popen([*line, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        ended = sorted((process.communicate()[1], process.returncode) for process in pair)
-        (told, status), (_, other_status) = sorted(ended, key=lambda end: -end[1])
-        assert (status, other_status) == (2, 0)
+        ended = [(process.communicate()[1], process.returncode) for process in pair]
+        (_, status), (told, other_status) = sorted(ended, key=lambda end: end[1])
+        assert (status, other_status) == (0, 2)
         assert "is in use by process" in told or "holds a run already" in told  # if it came when all was over
         assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3]

@@ -50,11 +50,11 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
     "make, told",
     [
         (os.mkfifo, "is no regular file"),  # reading it would wait for a writer
-        (lambda path: path.symlink_to(path), "too many levels of symbolic links; correct the path"),
+        (lambda path: path.symlink_to(path), "too many levels of symbolic links; correct the path or its permissions"),
         (lambda path: path.mkdir(), "is no regular file"),
         (lambda path: path.write_bytes(POSTSCRIPT), "is damaged or no picture"),  # Pillow would start Ghostscript
-        (lambda path: Image.fromarray(np.ones((64, 64), np.float32)).save(path, "TIFF"), "numbers, not 8 or 16 bits"),
-        (lambda path: Image.fromarray(np.full((64, 64), 70000, np.int32)).save(path, "TIFF"), "numbers, not 8 or 16"),
+        (lambda path: Image.fromarray(np.ones((64, 64), np.float32)).save(path, "TIFF"), "32 bits a channel"),
+        (lambda path: Image.fromarray(np.full((64, 64), 200, np.int32)).save(path, "TIFF"), "32 bits a channel"),
         (lambda path: Image.new("RGB", (60_000, 1)).save(path), "is 60000x1 pixels: crop it"),
         (lambda path: Image.new("RGB", (1, 5000)).save(path), "is 1x5000 pixels: crop it"),
     ],

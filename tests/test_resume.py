@@ -108,7 +108,7 @@ def test_resuming_from_an_earlier_step_drops_what_came_after(tmp_path, monkeypat
     assert [entry["step"] for entry in read_run(tmp_path)] == [1, 2]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-2"]
     (first / "config.json").write_text("{")
-    with pytest.raises(UserError, match="step-1 is damaged: resume from .*step-2"):
+    with pytest.raises(UserError, match="step-1 is damaged or renamed: resume from .*step-2"):
         run_main(monkeypatch, train, *options, "--resume-from-checkpoint", first)
 
 
@@ -151,15 +151,17 @@ def four(four_steps, tmp_path):
         lambda folder: rewrite(folder / "state.safetensors", lambda tensors: tensors.pop("optimizer.0.exp_avg")),
         lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("4", "3", 1)),
         lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "state.safetensors").unlink(),
         lambda folder: torch.save(HostilePickle(folder / "trap"), folder / "state.safetensors"),
     ],
-    ids=["bit", "optimizer", "step", "json", "pickle"],
+    ids=["bit", "optimizer", "step", "json", "no config", "no state", "pickle"],
 )
 def test_damaged_checkpoint(damage, four, monkeypatch, capsys):
     """It is named, nothing in it is unpickled, and the newest one that is whole is offered, and works."""
     folder, options = four
     damage(folder / "checkpoints" / "step-4")
-    with pytest.raises(UserError, match="step-4 is damaged: resume from .*step-2") as raised:
+    with pytest.raises(UserError, match="step-4 is damaged or renamed: resume from .*step-2") as raised:
         run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
     run_main(monkeypatch, train, *options, "--resume-from-checkpoint", str(raised.value).split()[-1])
     assert "the checkpoints of steps 4 go when the next one is written" in capsys.readouterr().out
@@ -190,13 +192,17 @@ def test_checkpoint_of_another_training(change, four, monkeypatch):
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-4"}
 
 
-def test_what_a_kill_leaves_is_passed_over(four, monkeypatch):
+def test_checkpoint_of_an_earlier_version(four, monkeypatch):
+    """It has no checksum, and its run no checksums of the inputs. What a kill left of a file goes."""
     folder, options = four
-    (folder / "checkpoints" / "step-4" / "config.json").unlink()
+    config = folder / "checkpoints" / "step-4" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "sha256"}))
+    (folder / "inputs.json").unlink()
     (folder / "checkpoints" / ".partial-x").mkdir()
     run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "latest")
     assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3, 4, 5]
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-2", "step-5"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-4", "step-5"}
+    assert (folder / "inputs.json").exists()
 
 
 def test_checkpoint_of_another_run(four, four_steps, monkeypatch):
@@ -205,6 +211,8 @@ def test_checkpoint_of_another_run(four, four_steps, monkeypatch):
     other = four_steps / "checkpoints" / "step-2"
     with pytest.raises(UserError, match=f"step-2 is another run's, .*pass --output-dir {four_steps}"):
         run_main(monkeypatch, train, *options, "--resume-from-checkpoint", other)
+    with pytest.raises(UserError, match="nowhere is no checkpoint: pass latest, or a folder of .*state.safetensors"):
+        run_main(monkeypatch, train, *options, "--resume-from-checkpoint", "nowhere")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -261,6 +269,7 @@ def test_other_inputs_are_refused(what, tmp_path, monkeypatch):
 def test_an_error_loses_no_step(where, call, saved, four_steps, tmp_path, monkeypatch, capsys):
     """Whatever ends a run in its middle, what is done is saved, and goes on as if nothing had been."""
     options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--checkpointing-steps", "4"]
+    options += ["--num-workers", "0"]  # to count the calls
     real, calls = attrgetter(where.partition(".")[2])(import_module(where.partition(".")[0])), count(1)
 
     def fails_once(*arguments):
@@ -280,19 +289,40 @@ def test_an_error_loses_no_step(where, call, saved, four_steps, tmp_path, monkey
     assert same_tensors(*states)
 
 
+def test_a_log_on_a_full_disk(four_steps, tmp_path, monkeypatch):
+    """The line that could not be written, or not to its end, is written again with the checkpoint."""
+    options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0"]
+    write = train.Run.log
+
+    def on_a_full_disk(run, entry):
+        if entry["step"] == 3:
+            with open(tmp_path / "log.jsonl", "a") as log:
+                log.write('{"step": 3, "lo')
+            run.log_book.file = open("/dev/full", "a")  # noqa: SIM115
+        write(run, entry)
+
+    monkeypatch.setattr(train.Run, "log", on_a_full_disk)
+    with pytest.raises(UserError, match="can't write .*No space left on device"):
+        run_main(monkeypatch, train, *options, "--max-train-steps", "4")
+    assert read_run(tmp_path) == read_run(four_steps)[:3]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_the_terminal_goes_away(tmp_path, monkeypatch):
-    """A closed pipe, a closed terminal: output is lost, training is not."""
+    """A closed pipe, a closed terminal, which tells all processes, twice: output is lost, training is not."""
     options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "2000"]
     read, write = os.pipe()
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, options)], cwd=ROOT, stdout=write, stderr=write)
+    line = [sys.executable, "train.py", *map(str, options), "--num-workers", "1"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=write, stderr=write, start_new_session=True)
     os.close(write)
     os.close(read)
     deadline = time.monotonic() + 120
     while not (tmp_path / "log.jsonl").exists() or len(read_run(tmp_path)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGHUP)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=120) == 0
     steps = len(read_run(tmp_path))
     assert (tmp_path / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()
@@ -301,7 +331,7 @@ def test_the_terminal_goes_away(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "1"]
-    with pytest.raises(UserError, match="state.safetensors was not written: .* not finite; lower --learning-rate"):
+    with pytest.raises(UserError, match="step-1/state.safetensors was not written: .* is not finite"):
         run_main(monkeypatch, train, *options, "--learning-rate", "1e39")
     assert not list((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "controlnet.safetensors").exists()
 

@@ -117,7 +117,7 @@ class TimedRun:
 
     def check(self, *measured) -> None: ...
 
-    def done(self, entry: dict) -> dict:
+    def finished(self, entry: dict) -> dict:
         return entry
 
     def say(self, *lines: str) -> None: ...
