@@ -1,8 +1,5 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
-from support import options  # before torch: decides how its threads wait
-
-# isort: split
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from tqdm import tqdm
 from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
+from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors

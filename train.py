@@ -4,9 +4,6 @@
 the paper's experiment on fill50k, meant for one 24 GB card.
 """
 
-from support import options  # before torch: decides how its threads wait
-
-# isort: split
 import json
 import os
 from argparse import Namespace
@@ -23,6 +20,7 @@ from convergence import HeldOut, news, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, TINY, StableDiffusion
+from support import options
 from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
 from support.errors import UserError, run_command_line
