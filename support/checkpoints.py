@@ -142,6 +142,6 @@ def load_checkpoint(
             prefix = f"trained.{part}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         load_optimizer_tensors(optimizer, tensors)
-        scaler.load_state_dict(json.loads(metadata["scaler"]))
+        scaler.load_state_dict(json.loads(metadata.get("scaler", "{}")))
         if unknown := tensors.keys() - state_tensors(trained, optimizer):
             raise ValueError(f"{min(unknown)} is not of this training")

@@ -24,8 +24,6 @@ SAID_IN_ERRORS = {
     "Bus error": "shared memory ran out: take --num-workers 0, or give a container more with --shm-size",
     "DataLoader worker": "a process that loads pictures has died ({said}): take --num-workers 0",
 }
-
-
 REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
