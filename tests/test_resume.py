@@ -314,7 +314,10 @@ def test_the_terminal_goes_away(tmp_path, monkeypatch):
     options = [*QUICK, "--output-dir", tmp_path, "--validation-steps", "0", "--max-train-steps", "2000"]
     read, write = os.pipe()
     line = [sys.executable, "train.py", *map(str, options), "--num-workers", "1"]
-    process = subprocess.Popen(line, cwd=ROOT, stdout=write, stderr=write, start_new_session=True)
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=write, stderr=write, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )  # fmt: skip
     os.close(write)
     os.close(read)
     deadline = time.monotonic() + 120
@@ -323,7 +326,10 @@ def test_the_terminal_goes_away(tmp_path, monkeypatch):
         time.sleep(0.1)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(timeout=120) == 0
+    try:
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
     steps = len(read_run(tmp_path))
     assert (tmp_path / "checkpoints" / f"step-{steps}" / "state.safetensors").exists()
     assert (tmp_path / "convergence.png").exists()
