@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from support.errors import UserError, reading, writing
-from support.files import read_json, read_tensors, save_json, save_tensors, sha256, whole_folder
+from support.files import clear, read_json, read_tensors, save_json, save_tensors, sha256, whole_folder
 
 STATE, CONFIG = "state.safetensors", "config.json"
 ASIDE = ".aside-"  # begins the name of folders with checkpoints that a run has gone back behind
@@ -72,12 +72,6 @@ def set_aside(folder: Path, last_step: int) -> list[int]:
     for step in sorted(later, reverse=True):
         later[step].rename(Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder)) / later[step].name)
     return sorted(later)
-
-
-def clear(folder: Path, prefix: str) -> None:
-    """Remove what a killed process left in a folder, by the beginning of its name."""
-    for path in folder.glob(f"{prefix}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:

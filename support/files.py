@@ -96,6 +96,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def clear(folder: Path, prefix: str) -> None:
+    """Remove what a killed process left in a folder, by the beginning of its name."""
+    for path in folder.glob(f"{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, before the work whose results go there. Raises UserError when nothing can be written to it."""
     with writing(path):

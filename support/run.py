@@ -18,18 +18,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from support.cache import STOPPED_BY_TERMINAL, CachedPairs, cache_latents, fingerprints, ignore_interrupt
-from support.checkpoints import (
-    check_config,
-    clear,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside,
-    steps_in,
-)
+from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, set_aside, steps_in
 from support.devices import choose_device, describe, fast_precision
 from support.errors import UserError
-from support.files import PARTIAL, read_json, save_json
+from support.files import PARTIAL, clear, read_json, save_json
 from support.lock import owned
 from support.log import Log
 from support.randomness import index_batches
