@@ -75,7 +75,7 @@ def fingerprints(sd, pairs, held_out) -> dict[str, str]:
         "the base's tokenizer": digest([json.dumps(sd.tokenizer.tokens).encode()]),
     }
     return base | {
-        prefix + some.name(i): digest([some.prompts[i].encode(), some.content(i).encode()])[:16]
+        prefix + some.name(i): digest([json.dumps([some.prompts[i], some.content(i)]).encode()])[:16]
         for prefix, some in (("", pairs), ("held-out ", held_out))
         for i in range(len(some))
     }

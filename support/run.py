@@ -216,7 +216,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, with a progress bar.
 
-        Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second one stops at once.
+        Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second Ctrl-C or SIGTERM stops at once.
         """
         for number in (signal.SIGTERM, *STOPPED_BY_TERMINAL):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
