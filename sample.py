@@ -12,6 +12,7 @@ from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.diffusers_format import CONTROLNET_FILES
 from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder, read_tensors
 from support.hub import locate
@@ -131,7 +132,7 @@ def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
     pictures = [open_image(path) for path in args.hint]
-    paths = [locate(source, "pass a local file with --controlnet FILE") for source in args.controlnet]
+    paths = [locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE") for source in args.controlnet]
     sd = StableDiffusion.load(args.base)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
     load_decoders(sd, paths)

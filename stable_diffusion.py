@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
-from support.files import read_tensors
-from support.formats import read_sizes, read_tokenizer, sizes_of
+from support.diffusers_format import BASE_FILES
 from support.hub import locate
+from support.sizes import read_tokenizer, sizes_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
-from weights import OFFICIAL, load_official
+from weights import load, read_base
 
 TINY_FILE = Path(__file__).parent / "models" / "tiny" / "tiny-stable-diffusion.safetensors"
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -73,23 +73,20 @@ class StableDiffusion(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path) -> "StableDiffusion":
-        """Load in float32 from "tiny" (ships here), "sd15" (downloaded once), a local file, or owner/repo:file.
+        """Load in float32 from "tiny" (ships here), "sd15", a local file or folder, owner/repo:file or owner/repo.
 
-        Sizes come from the file's metadata, or else from its tensors' shapes. float32 files stay memory-mapped.
-        Raises UserError if the file can't be found or downloaded, is damaged, or is no Stable Diffusion 1.x.
+        A folder or a repository is one in diffusers' layout. Sizes come from metadata or settings, or else from the
+        tensors' shapes. What is in float32 stays memory-mapped. Raises UserError if it can't be found or downloaded,
+        is damaged, or is no Stable Diffusion 1.x.
         """
-        path = locate(SOURCES.get(source, source), "pass a local checkpoint with --base FILE")
-        tensors, metadata = read_tensors(path)
-        unet, vae, text = (OFFICIAL[network].pick(tensors, path) for network in (UNet, AutoencoderKL, CLIPTextModel))
-        with sizes_of(path):
-            sizes = {"latent_scale": SD15.latent_scale} | read_sizes(path, metadata, unet, vae, text)
+        path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
+        sizes = {"latent_scale": SD15.latent_scale} | read_base(path)[1]
         tokenizer = read_tokenizer(path, sizes["text"].vocab_size, SD15_REPO)
         with sizes_of(path):
             sd = cls(tokenizer, **sizes)
         # Map the file again for each network, so that memory is freed as soon as the network has been converted.
-        del tensors, unet, vae, text
         for network in (sd.unet, sd.vae, sd.text_encoder):
-            load_official(network, read_tensors(path)[0], str(path))
+            load(network, read_base(path)[0][type(network)])
         return sd.eval()
 
     @property

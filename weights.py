@@ -9,13 +9,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
+from support.diffusers_format import (
+    diffusers_layouts,
+    read_base_folder,
+    read_controlnet_folder,
+    save_controlnet_folder,
+)
 from support.errors import UserError
 from support.files import read_tensors, save_tensors
-from support.formats import Layout, Part, diffusers_layout, hint_channels, nest, read_folder, save_folder, sizes_of
+from support.formats import Layout, Part, nest, read_part
+from support.kinds import refuse_differences, warn_of_pooling
+from support.sizes import hint_channels, read_sizes, refuse_other_sizes, sizes_of
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -98,11 +107,18 @@ OFFICIAL: dict[type[nn.Module], Layout] = {
     CLIPTextModel: Layout("official", "base model", CLIP, TEXT, (TEXT + "embeddings.position_ids",)),
     ControlNet: Layout("official", "ControlNet", CONTROLNET, "control_model."),
 }
+SHORT = TEXT.removesuffix("text_model.")  # in old merges, and as some trainers write it
+SHORT_TEXT = replace(
+    OFFICIAL[CLIPTextModel], prefix=SHORT, others=(SHORT + "embeddings.position_ids",),
+    mark=SHORT + "final_layer_norm.weight",
+)  # fmt: skip
+BASE = {UNet: [OFFICIAL[UNet]], AutoencoderKL: [OFFICIAL[AutoencoderKL]],
+        CLIPTextModel: [OFFICIAL[CLIPTextModel], SHORT_TEXT]}  # fmt: skip
 # Layouts of a ControlNet that have no prefix: other networks in the same file are recognised by theirs.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
-BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS)
-DIFFUSERS = diffusers_layout(TRANSFORMER, OTHERS)
+BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS, mark="input_hint_block.0.weight")
 LITE = Layout("lite", "ControlNet", [], others=OTHERS)  # no other program knows this ablation: our own names
+DIFFUSERS = diffusers_layouts(TRANSFORMER, CLIP, OTHERS)
 
 
 def official_layout(module: nn.Module) -> dict[str, str]:
@@ -134,6 +150,8 @@ def load(module: nn.Module, part: Part) -> None:
             raise part.error(name, f"has shape {part.shape(name)}, expected {expected}")
         if not part.tensors[name].is_floating_point():
             raise part.error(name, f"holds {part.tensors[name].dtype} numbers, not weights")
+        if not part.tensors[name].sum(dtype=torch.float32).isfinite():  # NaN and inf stay in a sum, which makes no copy
+            raise part.error(name, "has NaN or infinity in it", "; such a file is damaged: fetch or train it again")
     for name in sorted(part.tensors.keys() - state.keys()):
         raise part.error(name, f"{part.shape(name)} is no part of the model")
     values = {name: part.tensors[name].to(parameter.dtype) for name, parameter in state.items()}
@@ -149,31 +167,47 @@ def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     load(module, layout_of(module).pick(tensors, source))
 
 
+def read_base(path: Path) -> tuple[dict[type[nn.Module], Part], dict]:
+    """The tensors of a base's three networks under our names, and its sizes: arguments of StableDiffusion.
+
+    `path` is a file with official names or a folder in diffusers' layout. Raises UserError as read_tensors does, and
+    for a folder whose settings are not Stable Diffusion 1.x's.
+    """
+    if path.is_dir():
+        parts, sizes = read_base_folder(path, DIFFUSERS)
+    else:
+        tensors, metadata = read_tensors(path)
+        parts = {network: read_part(layouts, tensors, path) for network, layouts in BASE.items()}
+        sizes = read_sizes(path, metadata, parts.values())
+    return parts, sizes
+
+
 def read_controlnet(path: str | Path) -> tuple[Part, dict[str, str]]:
     """The tensors of a ControlNet under our names, and its file's metadata.
 
     `path` is a file with official names (with or without the prefix control_model.), a file or folder of diffusers,
     or a file of our lite ablation. Raises UserError as read_tensors does.
     """
-    tensors, metadata = read_folder(path) if Path(path).is_dir() else read_tensors(path)
-    if metadata.get("copy") == "lite":
-        layout = LITE
-    elif any(name.startswith("controlnet_cond_embedding.") for name in tensors):
-        layout = DIFFUSERS
-    else:
-        layout = BARE if "input_hint_block.0.weight" in tensors else OFFICIAL[ControlNet]
-    return layout.pick(tensors, path), metadata
+    warn_of_pooling(path)
+    if Path(path).is_dir():
+        part, hidden = read_controlnet_folder(Path(path), DIFFUSERS[ControlNet])
+        return part, {"unet": json.dumps(hidden)}
+    tensors, metadata = read_tensors(path)
+    refuse_differences(path, tensors)
+    layouts = [LITE] if metadata.get("copy") == "lite" else [OFFICIAL[ControlNet], BARE, *DIFFUSERS[ControlNet]]
+    return read_part(layouts, tensors, path), metadata
 
 
 def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
     """A ControlNet in float32 with `unet`'s sizes, from a file in any layout that read_controlnet reads.
 
-    Raises UserError as read_controlnet and load_official do.
+    Raises UserError as read_controlnet and load_official do, and for one that was copied from a UNet of other sizes.
     """
-    part, _ = read_controlnet(path)
+    part, metadata = read_controlnet(path)
     with sizes_of(path):
         copy = "lite" if part.layout is LITE else "full"
         controlnet = ControlNet.from_unet(UNet(unet.config), hint_channels(part), copy=copy)
+        refuse_other_sizes(path, json.loads(metadata.get("unet", "{}")), unet.config)
     load(controlnet, part)
     return controlnet
 
@@ -197,6 +231,6 @@ def save_controlnet(
     elif layout == "diffusers":
         if controlnet.lite:
             raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")
-        save_folder(controlnet, DIFFUSERS, Path(path))
+        save_controlnet_folder(controlnet, DIFFUSERS[ControlNet][0], Path(path))
     else:
         raise ValueError(f"layout is 'official' or 'diffusers', not {layout!r}")

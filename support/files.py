@@ -19,6 +19,8 @@ from torch import Tensor
 
 from support.errors import UserError, reading, writing
 
+WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a weight file and its metadata (empty but for safetensors), memory-mapped: nothing is read yet.
@@ -27,15 +29,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     never built. Raises UserError when the file is missing, damaged, or of another kind.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: pass the single-file checkpoint (.safetensors) instead")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.suffix not in WEIGHT_FILES:
+        raise UserError(f"{path}: weights are read from {', '.join(WEIGHT_FILES)} files")
+    refuse_placeholder(path)
     if path.suffix == ".safetensors":
         with reading(path, "safetensors file"), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
-        raise UserError(f"{path}: weights are read from .safetensors, .ckpt, .pth, .pt and .bin files")
     with reading(path, "PyTorch file"), warnings.catch_warnings(action="ignore"):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -49,6 +50,16 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no named tensors: pass a checkpoint")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
+
+
+def refuse_placeholder(path: Path) -> None:
+    """Raise UserError for what downloads leave under a weight file's name when they go wrong."""
+    with reading(path, "weight file"), open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the file that it points to: run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page that was saved under that name: download the file itself")
 
 
 ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at

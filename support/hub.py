@@ -1,14 +1,30 @@
 """Files of the Hugging Face hub, fetched once."""
 
+import contextlib
 import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from support.errors import UserError, reading, writing
+from support.files import WEIGHT_FILES
+
+
+@contextlib.contextmanager
+def fetching(what: str, repo: str, advice: str) -> Iterator[None]:
+    """Around the hub's library: whatever it raises becomes a UserError that ends with `advice`."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
+    try:
+        yield
+    except Exception as error:  # of the network, the hub, the disk: each has its own kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"can't fetch {what} from huggingface.co/{repo} ({reason}); {advice}") from None
 
 
 def fetch(repo: str, file: str, advice: str) -> Path:
@@ -17,26 +33,35 @@ def fetch(repo: str, file: str, advice: str) -> Path:
     Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
-    try:
+    with fetching(file, repo, advice):
         cached = try_to_load_from_cache(repo, file)
         if isinstance(cached, str):
             return Path(cached)
         print(f"fetching {file} from huggingface.co/{repo}")
         return Path(hf_hub_download(repo, file))
-    except Exception as error:  # of the network, the hub, the disk: each has its own kinds
-        reason = str(error).split("\n")[0]
-        raise UserError(f"can't fetch {file} from huggingface.co/{repo} ({reason}); {advice}") from None
 
 
-def locate(source: str | Path, advice: str) -> Path:
-    """A local path as it is, or owner/repo:file fetched from the hub. Raises UserError as fetch does."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source))
-    if match and not Path(source).exists():
+def locate(source: str | Path, files: list[str], advice: str) -> Path:
+    """A local path as it is; from the hub owner/repo:file, or owner/repo: the folder of its `files` (patterns).
+
+    Raises UserError as fetch does.
+    """
+    if Path(source).exists():
+        return Path(source)
+    if match := re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source)):
         return fetch(match[1], match[2], advice)
-    return Path(source)
+    repo = str(source)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo) or Path(repo).suffix in WEIGHT_FILES:
+        return Path(source)  # of a file that is missing
+    from huggingface_hub import snapshot_download
+
+    with fetching(" ".join(files), repo, f"there is no such file or folder here either; {advice}"):
+        print(f"fetching the files of huggingface.co/{repo} in diffusers' layout")
+        folder = Path(snapshot_download(repo, allow_patterns=files))
+    if not any(folder.rglob(file) for file in files):
+        raise UserError(f"huggingface.co/{repo} has none of {' '.join(files)}: name a file in it, {repo}:FILE")
+    return folder
 
 
 def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str) -> Path:

@@ -6,7 +6,7 @@ from standin import CONFIGS, make_up_merges, stand_in
 
 from stable_diffusion import StableDiffusion
 from support.files import save_tensors
-from support.formats import config_metadata
+from support.sizes import config_metadata
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "betas": (1000,),

@@ -93,6 +93,11 @@ def same_tensors(a: Path, b: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) and a_metadata == b_metadata
 
 
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 class HostilePickle:
     """Unpickled, it makes the file `trap`."""
 

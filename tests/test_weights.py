@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -23,12 +22,15 @@ from standin import (
 )
 
 from clip_text import CLIPTextModel
-from controlnet import ControlNet
+from controlnet import HINT_CHANNELS, ControlNet
 from stable_diffusion import SD15_REPO, TINY_FILE, StableDiffusion
+from support.diffusers_format import FILE as DIFFUSERS_FILE
+from support.diffusers_format import controlnet_settings
 from support.errors import UserError
 from support.files import read_tensors
-from support.formats import DIFFUSERS_FILE, Layout, diffusers_config, pattern, read_sizes, read_tokenizer
+from support.formats import Layout, pattern
 from support.hub import fetch, locate
+from support.sizes import read_sizes, read_tokenizer
 from tools import convert
 from unet import UNet
 from vae import AutoencoderKL
@@ -74,7 +76,8 @@ def test_every_rule_table_reads_both_ways():
     """At SD 1.5's size each name fits exactly one rule in either direction, and comes back as it went."""
     modules = networks("sd15")
     tables = [(module, OFFICIAL[type(module)]) for module in modules.values()]
-    tables += [(modules["control"], BARE), (modules["control"], DIFFUSERS)]
+    tables += [(modules["control"], BARE)]
+    tables += [(module, layout) for module in modules.values() for layout in DIFFUSERS[type(module)]]
     for module, layout in tables:
         for ours in module.state_dict():
             theirs = layout.theirs(ours)
@@ -96,8 +99,8 @@ def test_sizes_are_read_off_shapes():
     """SD 1.5's files have no metadata of ours."""
     shapes = {name: shape for part in ("unet", "vae", "clip") for name, shape in MANIFEST["sd15"][part].items()}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    parts = (OFFICIAL[network].pick(tensors, "file") for network in (UNet, AutoencoderKL, CLIPTextModel))
-    sizes = read_sizes(Path("file"), {}, *parts)
+    parts = [OFFICIAL[network].pick(tensors, "file") for network in (UNet, AutoencoderKL, CLIPTextModel)]
+    sizes = read_sizes("file", {}, parts)
     assert (sizes["unet"], sizes["vae"], sizes["text"]) == CONFIGS["sd15"]
 
 
@@ -195,7 +198,7 @@ def test_converting_there_and_back(controlnet, tmp_path, monkeypatch, capsys):
     (theirs, _), (halves, _) = read_tensors(folder / DIFFUSERS_FILE), read_tensors(half / DIFFUSERS_FILE)
     assert equal({name: tensor.half() for name, tensor in theirs.items()}, halves)
     for path in (folder, half):
-        assert json.loads((path / "config.json").read_text()) == diffusers_config(controlnet)
+        assert json.loads((path / "config.json").read_text()) == controlnet_settings(controlnet.config, HINT_CHANNELS)
 
 
 def test_converting_keeps_a_trained_decoder_or_says_so(controlnet, tmp_path, monkeypatch, capsys):
@@ -243,7 +246,7 @@ def test_wrong_base_is_named(shapes, metadata, fragment, tmp_path):
 NAMES_IN_FILES = [
     (OFFICIAL[ControlNet], "control_model.input_blocks.11.0.out_layers.3.bias"),
     (BARE, "input_blocks.11.0.out_layers.3.bias"),
-    (DIFFUSERS, "down_blocks.3.resnets.1.conv2.bias"),
+    (DIFFUSERS[ControlNet][0], "down_blocks.3.resnets.1.conv2.bias"),
 ]
 
 
@@ -300,9 +303,9 @@ def hub(monkeypatch, checkpoint):
 
 def test_files_come_from_here_the_cache_or_the_hub(hub, monkeypatch, tmp_path):
     asked, stored = hub
-    assert locate(tmp_path / "local.safetensors", "") == tmp_path / "local.safetensors"
+    assert locate(tmp_path / "local.safetensors", [], "") == tmp_path / "local.safetensors"
     assert asked == []
-    assert locate(f"owner/repo.name:{SD15_FILE}", "") == stored[SD15_FILE]
+    assert locate(f"owner/repo.name:{SD15_FILE}", [], "") == stored[SD15_FILE]
     assert asked == [("owner/repo.name", SD15_FILE)]
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: str(tmp_path / "cached"))
     assert fetch("owner/repo.name", SD15_FILE, "") == tmp_path / "cached"

@@ -8,8 +8,8 @@ import torch
 
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
-from support.formats import sizes_of, unet_config
 from support.options import ArgumentParser
+from support.sizes import sizes_of, unet_config
 from unet import UNet
 from weights import OFFICIAL, load_controlnet, read_controlnet, save_controlnet
 

@@ -25,9 +25,9 @@ from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
 from support.errors import UserError, run_command_line
 from support.files import read_tensors, save_tensors, write_atomically
-from support.formats import config_metadata
 from support.options import ArgumentParser
 from support.pictures import save_picture, to_picture
+from support.sizes import config_metadata
 from tools.shapes import judge
 from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, sample_latent
