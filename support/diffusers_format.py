@@ -27,6 +27,7 @@ NETWORKS = {  # -> its folder in a base's, its class there
     CLIPTextModel: ("text_encoder", None),
 }
 CONTROLNET_CLASS, HINT = "ControlNetModel", "controlnet_cond_embedding."
+ORDER = "controlnet_conditioning_channel_order"
 # What is fetched of a repository.
 CONTROLNET_FILES = ["config.json", FILE]
 BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/merges.txt", f"unet/{FILE}", f"vae/{FILE}",
@@ -147,7 +148,7 @@ ALWAYS = {  # what Stable Diffusion 1.5 has, and folders may or may not say
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1, "transformer_layers_per_block": 1,
     "time_embedding_type": "positional", "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1,
     "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "conditioning_channels": 3,
-    "controlnet_conditioning_channel_order": "rgb", "mid_block_add_attention": True, "use_quant_conv": True,
+    ORDER: "rgb", "mid_block_add_attention": True, "use_quant_conv": True,
     "use_post_quant_conv": True,
 }  # fmt: skip
 SCHEDULE = {
@@ -244,7 +245,7 @@ def weights_in(folder: Path) -> Path:
         return file
     if (folder / "unet").is_dir():
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
-    if any(folder.glob("*.index.json")):
+    if any(folder.glob("*index*.json")):
         raise UserError(f"{folder}: its weights are split over several files: save them as one, {FILE}")
     others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or f"the one with {FILE}"
     raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
@@ -259,9 +260,9 @@ def read_network(folder: Path, layouts: tuple[Layout, ...], kind: str | None) ->
     tensors, _ = read_tensors(file)
     if kind and settings.get("num_attention_heads"):  # a second name, which comes first
         settings["attention_head_dim"] = settings["num_attention_heads"]
-    if settings.pop("controlnet_conditioning_channel_order", "rgb") == "bgr":  # turn the weights, not each hint
-        name = f"{HINT}conv_in.weight"
-        tensors |= {name: tensors[name].flip(1)} if name in tensors else {}
+    if settings.get(ORDER) == "bgr" and f"{HINT}conv_in.weight" in tensors:  # turn the weights, not each hint
+        tensors[f"{HINT}conv_in.weight"] = tensors[f"{HINT}conv_in.weight"].flip(1)
+        settings[ORDER] = "rgb"
     if kind == "AutoencoderKL":  # 1x1 convolutions here and officially, linear layers there
         flat = [name for name, tensor in tensors.items() if ".attentions." in name and tensor.ndim == 2]
         tensors |= {name: tensors[name][..., None, None] for name in flat}

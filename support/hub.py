@@ -59,8 +59,8 @@ def locate(source: str | Path, files: list[str], advice: str) -> Path:
     with fetching(" ".join(files), repo, f"there is no such file or folder here either; {advice}"):
         print(f"fetching the files of huggingface.co/{repo} in diffusers' layout")
         folder = Path(snapshot_download(repo, allow_patterns=files))
-    if not any(folder.rglob(file) for file in files):
-        raise UserError(f"huggingface.co/{repo} has none of {' '.join(files)}: name a file in it, {repo}:FILE")
+    if missing := [file for file in files if file.endswith(WEIGHT_FILES) and not (folder / file).is_file()]:
+        raise UserError(f"huggingface.co/{repo} has no {missing[0]}: name a file in it, {repo}:FILE")
     return folder
 
 

@@ -10,21 +10,27 @@ from support.errors import UserError
 
 ONLY = "only Stable Diffusion 1.x and its descendants fit"
 MODIFIES = "which only modifies a base model: pass a full checkpoint"
-# Fragments of names, the kind of file, what to do. The first that is found counts, so special kinds come first.
+# Fragments of names, the kind of file, what to do. The first that is found counts, so special kinds come first: many
+# have a ControlNet's or a base's names too.
 KINDS = [
+    (("scaled_fp8", "scale_weight", "weight_scale", ".absmax", ".quant_state"), "a quantised model",
+     "pass one in fp16 or fp32"),
     (("lora_controlnet",), "a Control-LoRA", "pass the full ControlNet"),
-    (("lllite_",), "a ControlLLLite", "pass a ControlNet"),
-    (("ctrl_to_base", "enc_zero_convs_out"), "a ControlNet-XS", "pass a ControlNet"),
-    (("motion_modules.",), "AnimateDiff's SparseCtrl or motion module", "pass a ControlNet for pictures"),
-    (("adapter.body.", "body.0.block1.", "body.0.resnets."), "a T2I-Adapter", "pass a ControlNet"),
+    (("motion_modules.",), "AnimateDiff's SparseCtrl or motion module", "pass a ControlNet for single pictures"),
+    (("ctrl_to_base", "control_to_base", "enc_zero_convs_out"), "a ControlNet-XS", "pass a ControlNet"),
+    (("control_add_embedding.",), "a union ControlNet for SDXL", ONLY),
+    (("adapter.body.", "body.0.block1.", "body.0.in_conv.", "body.0.resnets."), "a T2I-Adapter", "pass a ControlNet"),
     (("ip_adapter.", "image_proj."), "an IP-Adapter", "pass a ControlNet or a base"),
-    (("lora_up", "lora_down", "lora_A", "lora_B", "_lora.", "hada_w", "lokr_w"), "a LoRA", MODIFIES),
+    (("lllite_",), "a ControlLLLite", "pass a ControlNet"),
+    (("brushnet_",), "BrushNet", "pass a ControlNet"),
+    (("lora_up", "lora_down", "lora_A", "lora_B", "_lora.", "lora_linear_layer", "hada_w", "lokr_w"), "a LoRA",
+     MODIFIES),
     (("string_to_param", "emb_params"), "a textual inversion", MODIFIES),
-    (("weight_scale", "scaled_fp8", ".absmax", ".quant_state"), "a quantised model", "pass one in fp16 or fp32"),
-    (("double_blocks.", "joint_blocks.", "ff_context."), "a diffusion transformer (Flux, SD 3)", ONLY),
+    (("double_blocks.", "joint_blocks.", "single_transformer_blocks.", "controlnet_blocks."),
+     "a diffusion transformer such as Flux or SD 3", ONLY),
     (("conditioner.embedders.", "add_embedding.", "label_emb."), "SDXL or made for it", ONLY),
     (("cond_stage_model.model.",), "Stable Diffusion 2.x", ONLY),
-]
+]  # fmt: skip
 SD2_CONTEXT = 1024  # the width of the prompt in Stable Diffusion 2.x
 CONTROLNET = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "hint_encoder.")
 BASE = ("model.diffusion_model.", "up_blocks.", "output_blocks.")

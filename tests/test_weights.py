@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -24,8 +27,8 @@ from standin import (
 from clip_text import CLIPTextModel
 from controlnet import HINT_CHANNELS, ControlNet
 from stable_diffusion import SD15_REPO, TINY_FILE, StableDiffusion
+from support.diffusers_format import CONTROLNET_FILES, controlnet_settings
 from support.diffusers_format import FILE as DIFFUSERS_FILE
-from support.diffusers_format import controlnet_settings
 from support.errors import UserError
 from support.files import read_tensors
 from support.formats import Layout, pattern
@@ -331,6 +334,171 @@ def test_sd15_fetches_weights_and_merges(hub, tmp_path):
     tokenizer = read_tokenizer(tmp_path / "alone.safetensors", 600, SD15_REPO)
     assert len(tokenizer.ids) == 600
     assert asked[-1] == (SD15_REPO, "tokenizer/merges.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that fit by their names
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(value, controlnet, tmp_path):
+    path, tensors = tmp_path / "bad.safetensors", renamed(controlnet, BARE)
+    name = "input_blocks.4.0.in_layers.2.weight"
+    for dtype in (torch.float32, torch.float16):
+        broken = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        broken[name].view(-1)[-1] = value
+        save_file(broken, path)
+        with pytest.raises(UserError, match=rf"bad.safetensors: {name} has NaN or infinity in it"):
+            load_controlnet(path, small_unet())
+
+
+def test_large_weights_in_half_precision_are_finite():
+    """Their sum would overflow in fp16."""
+    unet = small_unet()
+    tensors = {name: tensor.half() for name, tensor in official_state_dict(unet).items()}
+    tensors["model.diffusion_model.out.2.weight"].fill_(60_000)
+    load_official(unet, tensors)
+    assert unet.conv_out.weight.max() == 60_000
+
+
+def test_differences_are_no_weights(controlnet, tmp_path):
+    """What sd-webui-controlnet extracts has every name of a ControlNet."""
+    tensors = renamed(controlnet, OFFICIAL[ControlNet]) | {"difference": torch.ones(1)}
+    for name in ("a.safetensors", "a.pth"):
+        save_file(tensors, tmp_path / name) if name.endswith("s") else torch.save(tensors, tmp_path / name)
+        with pytest.raises(UserError, match="holds differences to a base's weights"):
+            load_controlnet(tmp_path / name, small_unet())
+
+
+def test_shuffle_is_named(controlnet, tmp_path, capsys):
+    save_controlnet(controlnet, tmp_path / "control_v11e_sd15_shuffle.safetensors")
+    load_controlnet(tmp_path / "control_v11e_sd15_shuffle.safetensors", small_unet())
+    assert "averaged over the picture" in capsys.readouterr().err
+
+
+CONTROLNET_SETTINGS = [
+    ({"global_pool_conditions": True}, "global_pool_conditions is True"),
+    ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order is 'gbr'"),
+    ({"conditioning_channels": 5}, "conditioning_channels is 5"),
+    ({"addition_embed_type": "text"}, "addition_embed_type is 'text'"),
+    ({"num_attention_heads": 2}, "num_heads 2, this one has 4"),
+    ({"_class_name": "SparseControlNetModel"}, "a SparseControlNetModel, not a ControlNetModel"),
+    ({"_class_name": "T2IAdapter"}, "a T2IAdapter, not a ControlNetModel"),
+]
+
+
+@pytest.mark.parametrize("settings, fragment", CONTROLNET_SETTINGS)
+def test_controlnet_settings(settings, fragment, controlnet, tmp_path):
+    save_controlnet(controlnet, tmp_path / "folder", layout="diffusers")
+    config = tmp_path / "folder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    with pytest.raises(UserError, match=re.escape(fragment)):
+        load_controlnet(tmp_path / "folder", small_unet())
+
+
+def test_hints_in_another_order(controlnet, tmp_path):
+    """A ControlNet for BGR gives for an RGB hint what diffusers gives, which turns the hint around."""
+    from diffusers import ControlNetModel
+
+    arrays, folder = golden("small"), tmp_path / "folder"
+    save_controlnet(controlnet, folder, layout="diffusers")
+    theirs = ControlNetModel.from_pretrained(folder, controlnet_conditioning_channel_order="bgr")
+    theirs.save_pretrained(folder)
+    ours = load_controlnet(folder, small_unet())
+    inputs = arrays["x"], arrays["t"], arrays["text"]
+    with torch.no_grad():
+        down, middle = theirs(*inputs, arrays["hint"], return_dict=False)
+        residuals = ours(arrays["x"], arrays["hint"], arrays["t"], arrays["text"])
+    assert max(deviation(a, b) for a, b in zip(residuals, [*down, middle], strict=True)) <= 1e-4
+    assert not torch.equal(ours.hint_encoder[0].weight, controlnet.hint_encoder[0].weight)
+
+
+def test_names_in_folders(controlnet, tmp_path):
+    folder, unet = tmp_path / "folder", small_unet()
+    save_controlnet(controlnet, folder, layout="diffusers")
+    whole = folder / DIFFUSERS_FILE
+    whole.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert same_weights(load_controlnet(folder, unet), controlnet)
+    (folder / "diffusion_pytorch_model.fp16.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="split over several files"):
+        load_controlnet(folder, unet)
+    save_controlnet(controlnet, tmp_path / "run" / "controlnet.safetensors")
+    with pytest.raises(UserError, match="pass a single file or a network's own folder: controlnet.safetensors"):
+        load_controlnet(tmp_path / "run", unet)
+
+
+def test_a_controlnet_of_a_base_of_other_heads(controlnet, tmp_path):
+    save_controlnet(controlnet, tmp_path / "a.safetensors")
+    other = UNet(replace(CONFIGS["small"][0], num_heads=2))
+    with pytest.raises(UserError, match="copied from a base with num_heads 4, this one has 2"):
+        load_controlnet(tmp_path / "a.safetensors", other)
+
+
+KINDS = [  # tensors, what they are
+    ({"lora_controlnet": ()}, "a Control-LoRA"),
+    ({"adapter.body.0.block1.weight": (320, 256, 3, 3)}, "a T2I-Adapter"),
+    ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "add_embedding.linear_1.weight": (4, 4)}, "SDXL"),
+    ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
+      "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "Stable Diffusion 2.x"),
+    ({"zero_convs.0.0.weight": (320, 320, 1, 1)}, "pass a whole ControlNet for Stable Diffusion 1.x"),
+    ({"model.diffusion_model.out.2.bias": (4,)}, "a base model, not a ControlNet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shapes, kind", KINDS)
+def test_kinds_that_are_no_controlnet(shapes, kind, tmp_path):
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as raised:
+        load_controlnet(tmp_path / "a.safetensors", small_unet())
+    assert kind in str(raised.value) and "pass it as a ControlNet" not in str(raised.value)
+
+
+def test_a_base_without_its_autoencoder(tmp_path):
+    save_file(stand_in("small", "unet", "clip"), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="not all of UNet, VAE and text encoder are in this file"):
+        StableDiffusion.load(tmp_path / "a.safetensors")
+
+
+def test_text_encoders_without_text_model(checkpoint, tmp_path):
+    tensors, metadata = read_tensors(checkpoint("small"))
+    short = {name.replace(".text_model.", "."): tensor for name, tensor in tensors.items()}
+    assert short.keys() != tensors.keys()
+    save_file(short, tmp_path / "a.safetensors", metadata)
+    make_up_merges(tmp_path / "merges.txt", vocab_size=600)
+    assert same_weights(StableDiffusion.load(tmp_path / "a.safetensors"), StableDiffusion.load(checkpoint("small")))
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html></html>", "a web page"),
+])  # fmt: skip
+def test_what_is_saved_in_place_of_weights(content, told, tmp_path):
+    for name in ("a.safetensors", "a.pth"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=told):
+            load_controlnet(tmp_path / name, small_unet())
+
+
+def test_a_repository_is_a_folder(hub, monkeypatch, tmp_path, controlnet):
+    """Of a bare owner/repo the files in diffusers' layout are fetched; where it has none, a file must be named."""
+    folder = tmp_path / "snapshot"
+    save_controlnet(controlnet, folder, layout="diffusers")
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate("owner/sd-controlnet-canny", CONTROLNET_FILES, "") == folder
+    assert asked == [("owner/sd-controlnet-canny", CONTROLNET_FILES)]
+    (folder / DIFFUSERS_FILE).unlink()
+    with pytest.raises(UserError, match="owner/ControlNet-v1-1:FILE"):
+        locate("owner/ControlNet-v1-1", CONTROLNET_FILES, "")
+    for missing in ("folder/file.safetensors", "./folder/file", "../folder", "a/b/c", "file.ckpt"):
+        assert locate(missing, CONTROLNET_FILES, "") == Path(missing)
+    assert len(asked) == 2
 
 
 def test_numbers_that_are_no_weights():

@@ -180,7 +180,8 @@ def write_checkpoint(folder: Path) -> None:
         sd = StableDiffusion(None, SD15.text, SD15.vae, SD15.unet, SD15.latent_scale)
     shapes = {k: v.shape for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
     save_tensors({k: 0.02 * torch.randn(shape) for k, shape in shapes.items()}, folder / "model.safetensors")
-    theirs.write_config(folder / "config")
+    sizes = {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text, "latent_scale": SD15.latent_scale}
+    theirs.write_config(folder / "config", sizes)
 
 
 WORK = {  # sizes, our side, diffusers' side

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_diffusion import SD15, Preset
+from clip_text import CLIPTextConfig, Tokenizer
+from stable_diffusion import Preset
+from support.diffusers_format import text_settings, unet_settings, vae_settings
+from unet import UNetConfig
+from vae import VAEConfig
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 4, 9.0  # on both sides
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,32 +35,23 @@ def token_ids(count: int, preset: Preset) -> Tensor:
 
 def models(preset: Preset, dtype: torch.dtype = torch.float32) -> tuple:
     """UNet, VAE and text encoder, locked and in `dtype`, and a ControlNet in float32, all with random weights."""
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import ControlNetModel
 
-    unet = UNet2DConditionModel(
-        cross_attention_dim=preset.unet.context_dim,
-        attention_head_dim=preset.unet.num_heads,  # diffusers' name for the number of heads in SD 1.x
-        norm_num_groups=preset.unet.norm_groups,
-        block_out_channels=[preset.unet.model_channels * mult for mult in preset.unet.channel_mult],
-    )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[preset.vae.channels * mult for mult in preset.vae.channel_mult],
-        layers_per_block=preset.vae.num_res_blocks,
-        norm_num_groups=preset.vae.norm_groups,
-    )
-    text_config = CLIPTextConfig(
-        vocab_size=preset.text.vocab_size,
-        hidden_size=preset.text.width,
-        intermediate_size=preset.text.mlp_width,
-        num_hidden_layers=preset.text.num_layers,
-        num_attention_heads=preset.text.num_heads,
-    )
+    unet, vae, text = base_models(preset.unet, preset.vae, preset.text, preset.latent_scale)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=preset.hint_channels)
-    locked = (model.to(dtype).requires_grad_(False) for model in (unet, vae, CLIPTextModel(text_config)))
-    return *locked, controlnet
+    return *(model.to(dtype).requires_grad_(False) for model in (unet, vae, text)), controlnet
+
+
+def base_models(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, latent_scale: float) -> tuple:
+    """Their UNet, VAE and text encoder of these sizes, with random weights."""
+    import transformers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    return (
+        UNet2DConditionModel.from_config(unet_settings(unet)),
+        AutoencoderKL.from_config(vae_settings(vae, latent_scale)),
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(text))),
+    )
 
 
 def training(args: Namespace, device: torch.device, timer) -> None:
@@ -134,16 +129,22 @@ def loading(args: Namespace, device: torch.device, timer) -> None:
         timer.lap("first forward")
 
 
-def write_config(folder: Path) -> None:
-    """The folder of settings that diffusers wants for a single file of SD 1.5's size."""
+def write_config(folder: Path, sizes: dict, ours: Tokenizer | None = None) -> None:
+    """The folder of settings that diffusers wants for a single file, with the vocabulary of our tokenizer.
+
+    `sizes` are the arguments of StableDiffusion.
+    """
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()  # its remarks on what is not installed
     with torch.device("meta"):
-        unet, vae, text, _ = models(SD15)
-    scheduler, tokenizer = diffusers.DDIMScheduler(**DDIM), transformers.CLIPTokenizer()
+        unet, vae, text = base_models(**sizes)
+    scheduler, words = diffusers.DDIMScheduler(**DDIM), {}
+    if ours:
+        words = {"vocab": ours.ids, "merges": sorted(ours.ranks, key=ours.ranks.get)}
+    tokenizer = transformers.CLIPTokenizer(**words)
     pipeline = diffusers.StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -1,0 +1,182 @@
+"""Your own files, here and in diffusers: python -m tools.verify --base FILE [--controlnet FILE].
+
+Loads a base, and a ControlNet, in float32 on the CPU, first here, then in diffusers and transformers, so that only one
+side is in memory at a time; computes the same with both, and prints how far the numbers are apart.
+"""
+
+import sys
+import tempfile
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_text import MAX_LENGTH, Tokenizer
+from data import draw_fill50k
+from sample import generate
+from stable_diffusion import SOURCES, StableDiffusion
+from support import options
+from support.diffusers_format import BASE_FILES, CONTROLNET_FILES, controlnet_settings
+from support.errors import UserError, run_command_line
+from support.files import save_json
+from support.hub import locate
+from support.pictures import fit_image
+from support.sizes import hint_channels
+from tools.versus_diffusers import DDIM, write_config
+from weights import load_controlnet, read_controlnet
+
+TIMES = (1, 101, 301, 501, 701, 901, 981)
+GUIDANCE_SCALE = 7.5
+PROMPTS = [  # no curly quotes: what transformers does with them depends on its version
+    "a photograph of an astronaut riding a horse", "", "Coral circle, 42 blue-ish backgrounds!!", "it's  NAÏVE ½ x²",
+    "日本語 🎨🖌️ здравствуй", "masterpiece, (best quality:1.2), <lora:x:1> " + "very " * 90 + "long",
+]  # fmt: skip
+Numbers = dict[str, Tensor]
+Row = tuple[str, str, str, bool]
+
+
+def limit(name: str) -> float:
+    """How far apart rounding may bring two programs in float32: max |ours - theirs| / max |theirs|.
+
+    A sample goes through the UNet twice a step, each step from where the last one ended.
+    """
+    return {"tokens": 0.0, "sample": 1e-2}.get(name, 1e-4)
+
+
+def inputs(size: int) -> dict[str, Tensor]:
+    """What both sides are given: a drawn pair, and a latent of noise."""
+    hint, target, _ = draw_fill50k(0, size)
+    hint, image = (fit_image(picture, size)[None] for picture in (hint, target))
+    noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0))  # the numbers that
+    # `generate` draws for seed 0
+    return {"hint": hint, "image": image * 2 - 1, "z": noise}
+
+
+@torch.no_grad()
+def our_side(args: Namespace, base: Path, control: Path | None) -> tuple[Numbers, dict, Tokenizer]:
+    """Our numbers, the sizes of the base, and its tokenizer."""
+    sd = StableDiffusion.load(base)
+    controlnets = [load_controlnet(control, sd.unet)] if control else []
+    given = inputs(args.resolution)
+    z, context = given["z"], sd.encode_prompts(PROMPTS[:1])
+    numbers = {"tokens": sd.tokenizer(PROMPTS), "text": sd.encode_prompts(PROMPTS)}
+    numbers |= {"VAE, encoded": sd.vae.encode(given["image"]), "VAE, decoded": sd.vae.decode(z)}
+    for t in TIMES:
+        at = torch.tensor([t])
+        residuals = controlnets[0](z, given["hint"], at, context) if control else None
+        numbers |= {f"residual {i:2} at t = {t}": r for i, r in enumerate(residuals or [], 1)}
+        numbers[f"ε at t = {t}"] = sd.unet(z, at, context, residuals)
+    hints = [given["hint"]] * len(controlnets)
+    numbers["sample"] = generate(
+        sd, controlnets, hints, PROMPTS[:1], steps=args.steps, guidance_scale=GUIDANCE_SCALE,
+        size=(args.resolution,) * 2, progress=True,
+    )  # fmt: skip
+    sizes = {"unet": sd.unet.config, "vae": sd.vae.config, "text": sd.text_encoder.config}
+    return numbers, sizes | {"latent_scale": sd.latent_scale}, sd.tokenizer
+
+
+@torch.no_grad()
+def their_side(args: Namespace, base: Path, control: Path | None, config: Path) -> Numbers:
+    """diffusers' numbers. `config` is a folder of settings for single files."""
+    pipeline = their_pipeline(base, control, config)
+    given, controlnet = inputs(args.resolution), getattr(pipeline, "controlnet", None)
+    z = given["z"]
+    whole = {"padding": "max_length", "max_length": MAX_LENGTH, "truncation": True}
+    ids = pipeline.tokenizer(PROMPTS, return_tensors="pt", **whole).input_ids
+    text = torch.cat([pipeline.text_encoder(row[None])[0] for row in ids])
+    context, empty = text[:1], text[1:2]
+    numbers = {"tokens": ids, "text": text}
+    numbers["VAE, encoded"] = pipeline.vae.encode(given["image"]).latent_dist.parameters
+    numbers["VAE, decoded"] = pipeline.vae.decode(z).sample
+    for t in TIMES:
+        more = {}
+        if controlnet:
+            down, middle = controlnet(z, t, context, given["hint"], return_dict=False)
+            numbers |= {f"residual {i:2} at t = {t}": r for i, r in enumerate([*down, middle], 1)}
+            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        numbers[f"ε at t = {t}"] = pipeline.unet(z, t, context, **more).sample
+    hint = {"image": given["hint"]} if controlnet else {"height": args.resolution, "width": args.resolution}
+    picture = pipeline(
+        prompt_embeds=context, negative_prompt_embeds=empty, latents=z, guidance_scale=GUIDANCE_SCALE,
+        num_inference_steps=args.steps, output_type="pt", **hint,
+    ).images  # fmt: skip
+    return numbers | {"sample": picture * 2 - 1}
+
+
+def their_pipeline(base: Path, control: Path | None, config: Path):
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    extra, kind = {"safety_checker": None, "torch_dtype": torch.float32}, diffusers.StableDiffusionPipeline
+    if control:
+        kind = diffusers.StableDiffusionControlNetPipeline
+        extra["controlnet"] = (
+            diffusers.ControlNetModel.from_pretrained(control, torch_dtype=torch.float32)
+            if control.is_dir()
+            else diffusers.ControlNetModel.from_single_file(
+                str(control), config=str(config / "controlnet"), local_files_only=True, torch_dtype=torch.float32
+            )
+        )
+    if base.is_dir():
+        pipeline = kind.from_pretrained(base, local_files_only=True, **extra)
+    else:
+        pipeline = kind.from_single_file(str(base), config=str(config), local_files_only=True, **extra)
+    pipeline.scheduler = diffusers.DDIMScheduler(**DDIM)
+    return pipeline
+
+
+def compare(ours: Numbers, theirs: Numbers) -> list[Row]:
+    """What was compared, the largest difference, the limit, whether it is within. Times and residuals are one row."""
+    worst: dict[str, float] = {}
+    for name, values in ours.items():
+        if values.shape != theirs[name].shape:
+            raise UserError(f"{name} is {list(values.shape)} here, {list(theirs[name].shape)} in diffusers")
+        difference = ((values - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-12)).item()
+        kind = name.partition(" at ")[0]
+        worst[kind] = max(worst.get(kind, 0.0), difference)
+    return [(name, f"{value:.1e}", f"{limit(name):.0e}", value <= limit(name)) for name, value in worst.items()]
+
+
+def main() -> None:
+    parser = options.ArgumentParser(prog="python -m tools.verify", description="Compare a file here and in diffusers.")
+    parser.add_argument("--base", default="sd15", help="as for sample.py (default: sd15)")
+    parser.add_argument("--controlnet", help="as for sample.py")
+    parser.add_argument("--resolution", type=options.side, default=256, help="of the picture (default: 256)")
+    parser.add_argument("--steps", type=options.positive_int, default=20, help="of the sample (default: 20)")
+    args = parser.parse_args()
+    if missing := next((name for name in ("diffusers", "transformers") if find_spec(name) is None), None):
+        raise UserError(f"{missing} is not installed: pip install -r requirements-dev.txt")
+    base = locate(SOURCES.get(args.base, args.base), BASE_FILES, "pass a local checkpoint with --base FILE")
+    control = args.controlnet and locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")
+
+    print("here …")
+    ours, sizes, tokenizer = our_side(args, base, control)
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), sizes, tokenizer)
+        if control:
+            channels = hint_channels(read_controlnet(control)[0])
+            save_json(controlnet_settings(sizes["unet"], channels), Path(folder) / "controlnet" / "config.json")
+        print("in diffusers …")
+        theirs = their_side(args, base, control, Path(folder))
+    rows = compare(ours, theirs)
+    print_table(rows)
+    wrong = [name for name, _, _, within in rows if not within]
+    if wrong:
+        print(f"DIFFERENT: {', '.join(wrong)}")
+        sys.exit(1)
+    print("the same, up to rounding")
+
+
+def print_table(rows: list[Row]) -> None:
+    """One row for all that is measured at each t: the largest difference."""
+    print(f"{'largest difference, relative':<30} {'here and there':>20} {'limit':>8}")
+    for name, difference, limit, within in rows:
+        print(f"{name:<30} {difference:>20} {limit:>8}{'' if within else '  <- too far apart'}")
+
+
+if __name__ == "__main__":
+    run_command_line(main, "a lower --resolution")
