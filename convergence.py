@@ -17,6 +17,7 @@ from diffusion import NoiseSchedule
 from metrics import circle_iou, colour_error, is_circle_task
 from sample import generate
 from stable_diffusion import StableDiffusion
+from support.errors import run_command_line
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
@@ -146,3 +147,9 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
     """Plot the logs of one or more runs as a PNG. Dotted: the sensitivity is seen to grow. Dashed: the jump."""
     marks = {label: {":": growth_step(history), "--": jump_step(history)} for label, history in histories.items()}
     plot_logs(histories, marks, path)
+
+
+if __name__ == "__main__":
+    from tools.listen import main  # judges any ControlNet by these figures
+
+    run_command_line(main, "a lower --resolution")

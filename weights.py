@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
+from support.checkpoints import is_checkpoint, read_trained
 from support.diffusers_format import (
     diffusers_layouts,
     read_base_folder,
@@ -117,7 +118,8 @@ BASE = {UNet: [OFFICIAL[UNet]], AutoencoderKL: [OFFICIAL[AutoencoderKL]],
 # Layouts of a ControlNet that have no prefix: other networks in the same file are recognised by theirs.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
 BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS, mark="input_hint_block.0.weight")
-LITE = Layout("lite", "ControlNet", [], others=OTHERS)  # no other program knows this ablation: our own names
+OWN = Layout("own", "ControlNet", [], others=OTHERS)  # our own names, in checkpoints
+LITE = replace(OWN, name="lite")  # and for an ablation that no other program knows
 DIFFUSERS = diffusers_layouts(TRANSFORMER, CLIP, OTHERS)
 
 
@@ -186,9 +188,12 @@ def read_controlnet(path: str | Path) -> tuple[Part, dict[str, str]]:
     """The tensors of a ControlNet under our names, and its file's metadata.
 
     `path` is a file with official names (with or without the prefix control_model.), a file or folder of diffusers,
-    or a file of our lite ablation. Raises UserError as read_tensors does.
+    a file of our lite ablation, or a checkpoint of train.py. Raises UserError as read_tensors does.
     """
     warn_of_pooling(path)
+    if is_checkpoint(Path(path)):
+        tensors, metadata = read_trained(Path(path))
+        return (LITE if metadata["copy"] == "lite" else OWN).pick(tensors, path), metadata
     if Path(path).is_dir():
         part, hidden = read_controlnet_folder(Path(path), DIFFUSERS[ControlNet])
         return part, {"unet": json.dumps(hidden)}

@@ -139,3 +139,17 @@ def load_checkpoint(
         scaler.load_state_dict(json.loads(metadata.get("scaler", "{}")))
         if unknown := tensors.keys() - state_tensors(trained, optimizer):
             raise ValueError(f"{min(unknown)} is not of this training")
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / STATE).is_file()
+
+
+def read_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The ControlNet in a checkpoint, under our names, and metadata as in our own files. Raises UserError."""
+    tensors, _ = read_tensors(path / STATE)
+    own, trained = "trained.controlnet.", [name for name in tensors if name.startswith("trained.")]
+    if not all(name.startswith(own) for name in trained):
+        raise UserError(f"{path} holds a trained decoder too: pass the run's controlnet.safetensors")
+    copy = read_json(path / CONFIG).get("copy", "full")
+    return {name.removeprefix(own): tensors[name] for name in trained}, {"copy": copy}

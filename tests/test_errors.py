@@ -32,6 +32,7 @@ from weights import load_controlnet, official_state_dict, save_controlnet
 
 HINT = SAMPLE / "source" / "0.png"
 TRAP = ROOT / "tests" / "trap"  # made if a pickle is opened
+SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
 CONTROL = "--controlnet {}/control.safetensors"
 LONG = "a" * 300
 GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
@@ -84,7 +85,7 @@ def place(tmp_path_factory):
     save_file(lora, folder / "lora.safetensors")
     save_file({"conditioner.embedders.0.x": torch.ones(1)}, folder / "sdxl.safetensors")
     save_file({"cond_stage_model.model.x": torch.ones(1)}, folder / "sd2.safetensors")
-    save_file({"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, folder / "diffusers.safetensors")
+    save_file({"up_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, folder / "diffusers.safetensors")
     (folder / "alone").mkdir()
     save_file(tiny, folder / "alone" / "tiny.safetensors")
     (folder / "merges").mkdir()
@@ -129,7 +130,7 @@ MISTAKES = [
     ("train", "--output-dir {}/a_file/out --resolution 64", ["a_file/out", "choose another --output-dir"]),
     ("train", "--output-dir {}/a_file/out --report-to tensorboard", ["a_file/out", "choose another --output-dir"]),
     ("train", "--base {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
-    ("train", "--base {}", ["is a folder", "pass the single-file checkpoint"]),
+    ("train", "--base {}", ["has no unet/ in it", "a single file"]),
     ("train", "--base {}/cut.safetensors", ["cut.safetensors", "damaged", "fetch it again"]),
     ("train", "--base {}/objects.ckpt", ["objects.ckpt", "more than tensors", ".safetensors"]),
     ("train", "--base {}/old.ckpt", ["old.ckpt", "more than tensors", ".safetensors"]),
@@ -138,8 +139,8 @@ MISTAKES = [
     ("train", "--base {}/model.gguf", ["model.gguf", ".safetensors"]),
     ("train", "--base {}/lora.safetensors", ["lora.safetensors", "LoRA", "pass a full checkpoint"]),
     ("train", "--base {}/sdxl.safetensors", ["sdxl.safetensors", "SDXL", "only Stable Diffusion 1.x"]),
-    ("train", "--base {}/sd2.safetensors", ["sd2.safetensors", "2.x", "only 1.x"]),
-    ("train", "--base {}/diffusers.safetensors", ["diffusers.safetensors", "diffusers' layout", "single-file"]),
+    ("train", "--base {}/sd2.safetensors", ["sd2.safetensors", "2.x", "only Stable Diffusion 1.x"]),
+    ("train", "--base {}/diffusers.safetensors", ["diffusers.safetensors", "diffusers' layout", "pass the folder"]),
     ("train", "--base {}/control.safetensors", ["control.safetensors", "a ControlNet, not a base", "pass it as"]),
     ("train", "--base {}/part.safetensors", ["encoder.conv_in.bias", "missing"]),
     ("train", "--base {}/merges/tiny.safetensors", ["merges.txt", "tokens", "put the merges.txt"]),
@@ -199,6 +200,10 @@ MISTAKES = [
     ("tools.draw_pairs", "--output {}/json", ["json holds files already", "another --output"]),
     ("tools.plot", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
     ("tools.plot", "{}/run/log.jsonl --output {}/run/log.jsonl", ["--output", "log.jsonl", ".png"]),
+    ("tools.listen", "--controlnet {}/a_file", ["a_file", "weights are read from"]),
+    ("tools.listen", f"--controlnet {SHIPPED} --data {{}}/hf", ["metadata.jsonl line 1", "expected"]),
+    ("tools.listen", f"--controlnet {SHIPPED} --pairs 1", ["--pairs 1", "above 1"]),
+    ("tools.verify", "--base {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
     ("tools.pretrain", "vea", ["'vea'", "vae"]),
     ("train", "--seed 18446744073709551616", ["--seed 18446744073709551616", "below 2^63"]),
     ("sample", f"--controlnet x --hint {LONG}.png", ["too long", "correct the path"]),

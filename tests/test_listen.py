@@ -1,0 +1,106 @@
+"""Whether a ControlNet hears its hint: verdicts on ControlNets whose answer is known, and the folders of a training."""
+
+import shutil
+
+import pytest
+import torch
+from standin import ROOT, SAMPLE, run_main
+
+from controlnet import ControlNet
+from data import DRAWN_HELD_OUT, DrawnImages
+from stable_diffusion import TINY, StableDiffusion
+from support.errors import UserError
+from tools import listen
+from tools.listen import BANDS, Heard, mean_and_error, verdict
+from weights import load_controlnet, save_controlnet
+
+SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion.load("tiny").requires_grad_(False)
+
+
+class MixedUp(DrawnImages):
+    """Hints that do not belong to the pictures."""
+
+    def hint(self, index):
+        return super().hint((index + 2) % len(self))
+
+
+def untrained(sd):
+    return ControlNet.from_unet(sd.unet, TINY.hint_channels, "he").requires_grad_(False)
+
+
+def test_known_answers(sd):
+    pairs = DrawnImages(6, 64, DRAWN_HELD_OUT)
+    trained = load_controlnet(SHIPPED, sd.unet)
+    assert verdict(listen.listen(sd, trained, pairs)).startswith("it follows its hint: another pair's hint raises")
+    assert verdict(listen.listen(sd, trained, MixedUp(6, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    heard = listen.listen(sd, untrained(sd), pairs)
+    assert verdict(heard).startswith("it does not hear its hint: its residuals are the same")
+    assert heard.loss["own"].shape == heard.moved.shape == (6, BANDS)
+    assert all(torch.equal(heard.loss["own"], loss) for loss in heard.loss.values())  # equation (3)
+    deaf = untrained(sd)
+    torch.nn.init.normal_(deaf.middle_zero_conv.weight, std=1e-4)  # hears at most by chance
+    torch.nn.init.normal_(deaf.hint_encoder[-1].weight, std=1e-4)
+    assert verdict(listen.listen(sd, deaf, pairs)).startswith("it does not hear its hint yet, as far as 6 pairs")
+
+
+def test_between_hearing_and_following():
+    loss = {name: torch.ones(8, BANDS) for name in listen.HINTS}
+    loss["other"] = loss["own"] + torch.linspace(0, 0.4, BANDS) + 0.01 * torch.randn(8, BANDS)
+    assert "samples hardly show it: another pair's hint raises the loss by 4" in verdict(
+        Heard(loss, torch.full((8, BANDS), 0.01))
+    )
+
+
+def test_standard_errors():
+    """Of a mean over pairs: bands of one pair are no independent measurements."""
+    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0])) == pytest.approx((2.0, 1 / 3**0.5))
+    same = torch.tensor([[1.0] * BANDS, [3.0] * BANDS])
+    assert mean_and_error(same.mean(dim=1))[1] == pytest.approx(1.0)
+
+
+def test_noise_is_the_same_for_every_controlnet(sd):
+    """So that checkpoints can be compared, and the base's loss is that of every ControlNet."""
+    pairs = DrawnImages(2, 64, DRAWN_HELD_OUT)
+    a, b = (listen.listen(sd, net, pairs) for net in (untrained(sd), load_controlnet(SHIPPED, sd.unet)))
+    assert torch.equal(a.loss["none"], b.loss["none"]) and not torch.equal(a.loss["own"], b.loss["own"])
+
+
+def test_command_line(monkeypatch, capsys, tmp_path):
+    run_main(monkeypatch, listen, "--controlnet", SHIPPED, "--pairs", "2", "--resolution", "64", "--data", SAMPLE)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
+    assert printed[3].lstrip().startswith("125 to 249 ") and len(printed) == BANDS + 4
+    assert printed[-1].startswith(f"{SHIPPED}: it ")
+    lonely = tmp_path / "lonely"
+    shutil.copytree(SAMPLE, lonely)
+    (lonely / "prompt.json").write_text((lonely / "prompt.json").read_text().splitlines()[0])
+    with pytest.raises(UserError, match="has one pair only"):
+        run_main(monkeypatch, listen, "--controlnet", SHIPPED, "--data", lonely)
+
+
+def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
+    import train
+
+    run, options = tmp_path / "run", ["--pairs", "2", "--resolution", "64", "--output", tmp_path / "curve.png"]
+    run_main(
+        monkeypatch, train, "--output-dir", run, "--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2",
+        "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1",
+    )  # fmt: skip
+    last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
+    checkpoint = load_controlnet(run / "checkpoints" / "step-2", sd.unet).state_dict()
+    assert all(torch.equal(last[name], checkpoint[name]) for name in last)
+    theirs = tmp_path / "theirs"
+    for step in (500, 1000):
+        save_controlnet(untrained(sd), theirs / f"checkpoint-{step}" / "controlnet", layout="diffusers")
+    for folder, steps in ((run, (1, 2)), (theirs, (500, 1000))):
+        capsys.readouterr()
+        run_main(monkeypatch, listen, "--controlnet", folder, *options)
+        printed = capsys.readouterr().out
+        assert [line.split(":")[0] for line in printed.splitlines()[1:-1]] == [f"step {step}" for step in steps]
+        assert (tmp_path / "curve.png").stat().st_size > 5000
+        (tmp_path / "curve.png").unlink()

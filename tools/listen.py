@@ -1,0 +1,207 @@
+"""Does a ControlNet hear its hint? `python convergence.py --controlnet FILE` measures it without sampling.
+
+For pairs of hint and picture, at eight bands of noise, the loss of equation (5) with the pair's own hint, another
+pair's, an empty one, and without a ControlNet; how far apart the first two predictions are; and what follows from it.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from controlnet import ControlNet
+from data import PairedImages, Pairs, open_pairs
+from diffusion import NoiseSchedule
+from sample import load_decoders
+from stable_diffusion import StableDiffusion
+from support import options
+from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.diffusers_format import CONTROLNET_FILES
+from support.errors import UserError
+from support.files import write_atomically
+from support.hub import locate
+from support.randomness import HELD_OUT, generator_for
+from vae import sample_latent
+from weights import load_controlnet
+
+BANDS = 8  # of the time steps, each as wide as the others
+HINTS = ("own", "other", "empty", "none")  # that the loss is measured with
+SURE = 3.0  # standard errors
+FOLLOWS = 0.5  # share that another hint adds to the loss
+MOVED = 0.1  # mean square of own - other, as a share of the loss
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was measured, each [pairs, bands]: the losses by hint, and the mean square of own - other."""
+
+    loss: dict[str, Tensor]
+    moved: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        return self.loss["other"] - self.loss["own"]
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of one value a pair, and its standard error. Not known for one pair."""
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), float(error)
+
+
+@torch.no_grad()
+def listen(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int = 0) -> Heard:
+    """Measure on all pairs, at one time of each band, the same noise and times whatever the ControlNet is."""
+    device, schedule = sd.device, NoiseSchedule(device=sd.device)
+    precision = sd.unet.encoder[0].conv.weight.dtype
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*HINTS, "moved")}
+    for i in range(len(pairs)):
+        generator = generator_for(seed, HELD_OUT, i)
+        width = schedule.steps // BANDS
+        t = torch.arange(BANDS) * width + torch.randint(width, (BANDS,), generator=generator)
+        moments = sd.vae.encode(pairs.image(i)[None].to(device))
+        shape = (BANDS, moments.shape[1] // 2, *moments.shape[2:])
+        noise, eps = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        t, z0 = t.to(device), sd.latent_scale * sample_latent(moments.expand(BANDS, -1, -1, -1), noise)
+        z, context = schedule.add_noise(z0, eps, t), sd.encode_prompts([pairs.prompts[i]]).expand(BANDS, -1, -1)
+        own, other = (pairs.hint(j % len(pairs))[None].to(device) for j in (i, i + 1))
+        predicted = {}
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            for name, hint in zip(HINTS, (own, other, torch.zeros_like(own), None), strict=True):
+                residuals = None
+                if hint is not None:
+                    condition = controlnet.hint_encoder(hint).expand(BANDS, -1, -1, -1)
+                    residuals = controlnet.residuals(z, condition, t, context)
+                predicted[name] = sd.unet(z, t, context, residuals).cpu().double()
+        for name, prediction in predicted.items():
+            rows[name].append((prediction - eps.cpu()).square().mean(dim=(1, 2, 3)))
+        rows["moved"].append((predicted["own"] - predicted["other"]).square().mean(dim=(1, 2, 3)))
+    *losses, moved = (torch.stack(row) for row in rows.values())
+    return Heard(dict(zip(HINTS, losses, strict=True)), moved)
+
+
+def verdict(heard: Heard) -> str:
+    """What the figures say, in a sentence."""
+    pairs, loss = len(heard.gap), heard.loss["own"].mean().item()
+    if not heard.moved.any():
+        return "it does not hear its hint: its residuals are the same whatever the hint"
+    mean, error = mean_and_error(heard.gap.mean(dim=1))
+    if mean < SURE * error:
+        if heard.moved.mean() > MOVED * loss:
+            return (f"its hint moves the predictions, but not towards these {pairs} pictures: is this the kind of hint "
+                    "that it was trained with?")  # fmt: skip
+        return f"it does not hear its hint yet, as far as {pairs} pairs can tell"
+    share, band = loudest(heard)
+    told = f"another pair's hint raises the loss by {share:.0%} at t = {band}"
+    if share < FOLLOWS:
+        return f"it hears its hint, but samples hardly show it: {told}"
+    return f"it follows its hint: {told}"
+
+
+def loudest(heard: Heard) -> tuple[float, str]:
+    """The largest share that another hint adds to a band's loss, and the band.
+
+    The largest: under little noise the picture needs no hint, and under much of it none can help.
+    """
+    shares = heard.gap.mean(dim=0) / heard.loss["own"].mean(dim=0)
+    return shares.max().item(), band_name(int(shares.argmax()))
+
+
+def band_name(i: int) -> str:
+    width = NoiseSchedule().steps // BANDS
+    return f"{i * width} to {(i + 1) * width - 1}"
+
+
+def table(heard: Heard) -> list[str]:
+    """A line for each band, and one for their mean: losses, the gap, the sensitivity, with their standard errors."""
+    lines = [f"{'t':>12} {'own':>8} {'other':>8} {'empty':>8} {'none':>8}  {'gap':>18}  {'sensitivity':>18}"]
+    for i in [*range(BANDS), None]:
+        rows = [values if i is None else values[:, [i]] for values in (*heard.loss.values(), heard.gap, heard.moved)]
+        *losses, gap, moved = (mean_and_error(values.mean(dim=1)) for values in rows)
+        root = math.sqrt(moved[0])
+        sensitivity = root, moved[1] / (2 * root) if root else 0.0  # the error of a mean's root
+        words = [f"{mean:.4f}" for mean, _ in losses], [f"{m:.1e} ± {e:.0e}" for m, e in (gap, sensitivity)]
+        name = "all" if i is None else band_name(i)
+        lines.append(f"{name:>12} {' '.join(f'{w:>8}' for w in words[0])}  {'  '.join(f'{w:>18}' for w in words[1])}")
+    return lines
+
+
+def steps_in_folder(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run, ours (step-N, or checkpoints/step-N) or diffusers' (checkpoint-N/controlnet)."""
+    found = {}
+    for path in [*folder.glob("step-*"), *folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*/controlnet")]:
+        if match := re.search(r"(?:step|checkpoint)-(\d+)(?:/controlnet)?$", path.as_posix()):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def plot(figures: dict[int, Heard], path: Path) -> None:
+    """Sensitivity, and what another hint adds to the loss, over the checkpoints, with two standard errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    steps = list(figures)
+    moved = [mean_and_error(heard.moved.mean(dim=1)) for heard in figures.values()]
+    roots = [math.sqrt(mean) for mean, _ in moved]
+    upper.errorbar(steps, roots, [error / max(root, 1e-12) for (_, error), root in zip(moved, roots)], fmt="o-", ms=3)
+    upper.set_yscale("log" if min(roots) > 0 else "symlog", **({} if min(roots) > 0 else {"linthresh": 1e-6}))
+    upper.set_ylabel("hint sensitivity")
+    shares = [loudest(heard)[0] for heard in figures.values()]
+    lower.plot(steps, shares, "o-", ms=3)
+    lower.axhline(FOLLOWS, color="0.5", linestyle="--", linewidth=0.8)
+    lower.set(xlabel="optimizer step", ylabel="share that another hint\nadds to the loss")
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+
+
+def parse_arguments():
+    parser = options.ArgumentParser(prog="convergence.py", description="Measure whether a ControlNet hears its hint.")
+    add = parser.add_argument
+    add("--base", default="tiny", help="as for sample.py (default: tiny)")
+    add("--controlnet", required=True, help="as for sample.py, or a folder with a training's checkpoints")
+    add("--data", help="drawn, fill50k, or a folder of pairs: its last ones (default: tiny drawn, sd15 fill50k)")
+    add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
+    add("--resolution", type=options.side, help="a multiple of 64 (default: tiny 128, sd15 512)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
+    add("--seed", type=options.seed, default=0, help="of noise and times")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
+    add("--output", type=options.png, default=Path("convergence.png"), help="the curve over a folder's checkpoints")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = choose_device(args.device)
+    found = steps_in_folder(Path(args.controlnet))
+    paths = found or {0: locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")}
+    sd = StableDiffusion.load(args.base)
+    args = options.with_defaults(args, sd.preset)
+    if args.data in ("drawn", "fill50k"):
+        _, pairs = open_pairs(args.data, args.resolution, 0, args.pairs)
+    else:
+        pairs = PairedImages(args.data, args.resolution).select(slice(-args.pairs, None))
+    if len(pairs) < 2:
+        raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
+    warn_if_slow(sd.unet, device)
+    load_decoders(sd, [path for path in paths.values() if path.is_file()])
+    precision = sampling_precision(args.precision, device)
+    print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
+    figures = {}
+    for step, path in paths.items():
+        controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
+        place_for_sampling(sd, [controlnet], device, precision)
+        heard = figures[step] = listen(sd, controlnet, pairs, args.seed)
+        if found:
+            sensitivity, (gap, error) = heard.moved.mean().sqrt().item(), mean_and_error(heard.gap.mean(dim=1))
+            print(f"step {step}: sensitivity {sensitivity:.1e}, gap {gap:.1e} ± {error:.0e}; {verdict(heard)}")
+        else:
+            print(*table(heard), sep="\n")
+            print(f"{path}: {verdict(heard)}")
+    if found:
+        plot(figures, args.output)
+        print(f"wrote {args.output}")
