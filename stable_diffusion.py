@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from support.diffusers_format import BASE_FILES
 from support.hub import locate
+from support.reading import read_base
 from support.sizes import read_tokenizer, sizes_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
-from weights import load, read_base
+from weights import BASE, DIFFUSERS, load
 
 TINY_FILE = Path(__file__).parent / "models" / "tiny" / "tiny-stable-diffusion.safetensors"
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -80,13 +81,13 @@ class StableDiffusion(nn.Module):
         is damaged, or is no Stable Diffusion 1.x.
         """
         path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
-        sizes = {"latent_scale": SD15.latent_scale} | read_base(path)[1]
+        sizes = {"latent_scale": SD15.latent_scale} | read_base(path, BASE, DIFFUSERS)[1]
         tokenizer = read_tokenizer(path, sizes["text"].vocab_size, SD15_REPO)
         with sizes_of(path):
             sd = cls(tokenizer, **sizes)
         # Map the file again for each network, so that memory is freed as soon as the network has been converted.
         for network in (sd.unet, sd.vae, sd.text_encoder):
-            load(network, read_base(path)[0][type(network)])
+            load(network, read_base(path, BASE, DIFFUSERS)[0][type(network)])
         return sd.eval()
 
     @property

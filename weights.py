@@ -14,18 +14,12 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
-from support.checkpoints import is_checkpoint, read_trained
-from support.diffusers_format import (
-    diffusers_layouts,
-    read_base_folder,
-    read_controlnet_folder,
-    save_controlnet_folder,
-)
+from support.diffusers_format import diffusers_layouts, save_controlnet_folder
 from support.errors import UserError
-from support.files import read_tensors, save_tensors
-from support.formats import Layout, Part, nest, read_part
-from support.kinds import refuse_differences, warn_of_pooling
-from support.sizes import hint_channels, read_sizes, refuse_other_sizes, sizes_of
+from support.files import save_tensors
+from support.formats import Layout, Part, nest
+from support.reading import read_controlnet
+from support.sizes import hint_channels, refuse_other_sizes, sizes_of
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -108,19 +102,17 @@ OFFICIAL: dict[type[nn.Module], Layout] = {
     CLIPTextModel: Layout("official", "base model", CLIP, TEXT, (TEXT + "embeddings.position_ids",)),
     ControlNet: Layout("official", "ControlNet", CONTROLNET, "control_model."),
 }
+DIFFUSERS = diffusers_layouts(TRANSFORMER, CLIP)
+BASE = {network: [OFFICIAL[network]] for network in (UNet, AutoencoderKL, CLIPTextModel)}  # layouts in a single file
 SHORT = TEXT.removesuffix("text_model.")  # in old merges, and as some trainers write it
-SHORT_TEXT = replace(
-    OFFICIAL[CLIPTextModel], prefix=SHORT, others=(SHORT + "embeddings.position_ids",),
-    mark=SHORT + "final_layer_norm.weight",
-)  # fmt: skip
-BASE = {UNet: [OFFICIAL[UNet]], AutoencoderKL: [OFFICIAL[AutoencoderKL]],
-        CLIPTextModel: [OFFICIAL[CLIPTextModel], SHORT_TEXT]}  # fmt: skip
-# Layouts of a ControlNet that have no prefix: other networks in the same file are recognised by theirs.
+ids = (SHORT + "embeddings.position_ids",)
+BASE[CLIPTextModel] += [Layout("official", "base model", CLIP, SHORT, ids, SHORT + "final_layer_norm.weight")]
+# Those of a ControlNet: without a prefix, where networks beside it are told by theirs; our own names, in checkpoints
+# and for the lite ablation, which no other program knows.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
 BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS, mark="input_hint_block.0.weight")
-OWN = Layout("own", "ControlNet", [], others=OTHERS)  # our own names, in checkpoints
-LITE = replace(OWN, name="lite")  # and for an ablation that no other program knows
-DIFFUSERS = diffusers_layouts(TRANSFORMER, CLIP, OTHERS)
+OWN = Layout("own", "ControlNet", [], others=OTHERS, mark="hint_encoder.0.weight")
+CONTROLNETS = [OFFICIAL[ControlNet], BARE, OWN, *DIFFUSERS[ControlNet]]
 
 
 def official_layout(module: nn.Module) -> dict[str, str]:
@@ -134,7 +126,7 @@ def official_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 
 def layout_of(module: nn.Module) -> Layout:
-    return LITE if isinstance(module, ControlNet) and module.lite else OFFICIAL[type(module)]
+    return OWN if isinstance(module, ControlNet) and module.lite else OFFICIAL[type(module)]
 
 
 def load(module: nn.Module, part: Part) -> None:
@@ -169,50 +161,16 @@ def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     load(module, layout_of(module).pick(tensors, source))
 
 
-def read_base(path: Path) -> tuple[dict[type[nn.Module], Part], dict]:
-    """The tensors of a base's three networks under our names, and its sizes: arguments of StableDiffusion.
-
-    `path` is a file with official names or a folder in diffusers' layout. Raises UserError as read_tensors does, and
-    for a folder whose settings are not Stable Diffusion 1.x's.
-    """
-    if path.is_dir():
-        parts, sizes = read_base_folder(path, DIFFUSERS)
-    else:
-        tensors, metadata = read_tensors(path)
-        parts = {network: read_part(layouts, tensors, path) for network, layouts in BASE.items()}
-        sizes = read_sizes(path, metadata, parts.values())
-    return parts, sizes
-
-
-def read_controlnet(path: str | Path) -> tuple[Part, dict[str, str]]:
-    """The tensors of a ControlNet under our names, and its file's metadata.
-
-    `path` is a file with official names (with or without the prefix control_model.), a file or folder of diffusers,
-    a file of our lite ablation, or a checkpoint of train.py. Raises UserError as read_tensors does.
-    """
-    warn_of_pooling(path)
-    if is_checkpoint(Path(path)):
-        tensors, metadata = read_trained(Path(path))
-        return (LITE if metadata["copy"] == "lite" else OWN).pick(tensors, path), metadata
-    if Path(path).is_dir():
-        part, hidden = read_controlnet_folder(Path(path), DIFFUSERS[ControlNet])
-        return part, {"unet": json.dumps(hidden)}
-    tensors, metadata = read_tensors(path)
-    refuse_differences(path, tensors)
-    layouts = [LITE] if metadata.get("copy") == "lite" else [OFFICIAL[ControlNet], BARE, *DIFFUSERS[ControlNet]]
-    return read_part(layouts, tensors, path), metadata
-
-
 def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
-    """A ControlNet in float32 with `unet`'s sizes, from a file in any layout that read_controlnet reads.
+    """A ControlNet in float32 for `unet`, from a file, a folder of diffusers or a checkpoint of train.py.
 
     Raises UserError as read_controlnet and load_official do, and for one that was copied from a UNet of other sizes.
     """
-    part, metadata = read_controlnet(path)
+    part, metadata = read_controlnet(Path(path), CONTROLNETS)
+    lite = part.layout is OWN and "time_embed.0.weight" not in part.tensors
     with sizes_of(path):
-        copy = "lite" if part.layout is LITE else "full"
-        controlnet = ControlNet.from_unet(UNet(unet.config), hint_channels(part), copy=copy)
         refuse_other_sizes(path, json.loads(metadata.get("unet", "{}")), unet.config)
+        controlnet = ControlNet.from_unet(UNet(unet.config), hint_channels(part), copy="lite" if lite else "full")
     load(controlnet, part)
     return controlnet
 

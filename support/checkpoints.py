@@ -146,10 +146,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The ControlNet in a checkpoint, under our names, and metadata as in our own files. Raises UserError."""
+    """The ControlNet in a checkpoint, under our names, with no metadata. Raises UserError."""
     tensors, _ = read_tensors(path / STATE)
     own, trained = "trained.controlnet.", [name for name in tensors if name.startswith("trained.")]
     if not all(name.startswith(own) for name in trained):
         raise UserError(f"{path} holds a trained decoder too: pass the run's controlnet.safetensors")
-    copy = read_json(path / CONFIG).get("copy", "full")
-    return {name.removeprefix(own): tensors[name] for name in trained}, {"copy": copy}
+    return {name.removeprefix(own): tensors[name] for name in trained}, {}

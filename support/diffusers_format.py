@@ -108,13 +108,8 @@ def vae_rules(attention: Rules) -> Rules:
     return rules
 
 
-def diffusers_layouts(
-    transformer: Rules, clip: Rules, others: tuple[str, ...]
-) -> dict[type[nn.Module], tuple[Layout, ...]]:
-    """For each network the layout that is written today, then another. The rules passed are the official ones.
-
-    Tensors of `others` may stand in a ControlNet's file.
-    """
+def diffusers_layouts(transformer: Rules, clip: Rules) -> dict[type[nn.Module], tuple[Layout, ...]]:
+    """For each network the layout that is written today, then another. The rules passed are the official ones."""
     ids = "embeddings.position_ids"
 
     def layout(kind: str, rules: Rules, mark: str, prefix: str = "", others: tuple[str, ...] = ()) -> Layout:
@@ -131,7 +126,7 @@ def diffusers_layouts(
             for prefix in ("text_model.", "")
         ),
         ControlNet: (
-            layout("ControlNet", controlnet_rules(transformer), f"{HINT}conv_in.weight", others=others),
+            layout("ControlNet", controlnet_rules(transformer), f"{HINT}conv_in.weight"),
         ),
     }  # fmt: skip
 

@@ -9,9 +9,10 @@ import torch
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.options import ArgumentParser
+from support.reading import read_controlnet
 from support.sizes import sizes_of, unet_config
 from unet import UNet
-from weights import OFFICIAL, load_controlnet, read_controlnet, save_controlnet
+from weights import CONTROLNETS, OFFICIAL, load_controlnet, save_controlnet
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,9 +29,10 @@ def main() -> None:
     if args.layout == "diffusers" and args.output.is_file():
         raise UserError(f"{args.output} is a file, but --layout diffusers writes a folder: choose another OUT")
 
-    part, metadata = read_controlnet(args.source)
-    if part.layout.name == "lite":
-        raise UserError(f"{args.source} is a ControlNet-lite, which no other program can read: keep it as it is")
+    part, metadata = read_controlnet(args.source, CONTROLNETS)
+    if part.layout.name == "own":
+        raise UserError(f"{args.source} is a ControlNet-lite, which no other program can read, or a checkpoint: pass "
+                        "the run's controlnet.safetensors")  # fmt: skip
     with sizes_of(args.source):
         hidden = {name: int(size) for name, size in json.loads(metadata.get("unet", "{}")).items()}
         unet = UNet(unet_config(part, **hidden))

@@ -23,9 +23,10 @@ from support.errors import UserError, run_command_line
 from support.files import save_json
 from support.hub import locate
 from support.pictures import fit_image
+from support.reading import read_controlnet
 from support.sizes import hint_channels
 from tools.versus_diffusers import DDIM, write_config
-from weights import load_controlnet, read_controlnet
+from weights import CONTROLNETS, load_controlnet
 
 TIMES = (1, 101, 301, 501, 701, 901, 981)
 GUIDANCE_SCALE = 7.5
@@ -158,7 +159,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), sizes, tokenizer)
         if control:
-            channels = hint_channels(read_controlnet(control)[0])
+            channels = hint_channels(read_controlnet(control, CONTROLNETS)[0])
             save_json(controlnet_settings(sizes["unet"], channels), Path(folder) / "controlnet" / "config.json")
         print("in diffusers …")
         theirs = their_side(args, base, control, Path(folder))

@@ -1,0 +1,44 @@
+"""Files and folders of weights, in whatever layout, to one network's tensors under our names."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from support.checkpoints import is_checkpoint, read_trained
+from support.diffusers_format import read_base_folder, read_controlnet_folder
+from support.files import read_tensors
+from support.formats import Layout, Part, read_part
+from support.kinds import refuse_differences, warn_of_pooling
+from support.sizes import read_sizes
+
+Layouts = Mapping[type[nn.Module], Sequence[Layout]]
+
+
+def read_base(path: Path, in_file: Layouts, in_folder: Layouts) -> tuple[dict[type[nn.Module], Part], dict]:
+    """The tensors of a base's three networks, and its sizes: arguments of StableDiffusion.
+
+    `path` is a single file, or a folder of diffusers. Raises UserError as read_tensors does, and for settings that are
+    not Stable Diffusion 1.x's.
+    """
+    if path.is_dir():
+        return read_base_folder(path, in_folder)
+    tensors, metadata = read_tensors(path)
+    parts = {network: read_part(layouts, tensors, path) for network, layouts in in_file.items()}
+    return parts, read_sizes(path, metadata, parts.values())
+
+
+def read_controlnet(path: Path, layouts: Sequence[Layout]) -> tuple[Part, dict[str, str]]:
+    """The tensors of a ControlNet, and its file's metadata, in which "unet" has the sizes that no shape shows.
+
+    `path` is a single file, a folder of diffusers or a checkpoint of train.py. Raises UserError as read_tensors does,
+    for settings that are not those of a ControlNet for Stable Diffusion 1.x, and for weights that are differences.
+    """
+    warn_of_pooling(path)
+    if path.is_dir() and not is_checkpoint(path):
+        part, hidden = read_controlnet_folder(path, layouts)
+        return part, {"unet": json.dumps(hidden)}
+    tensors, metadata = read_trained(path) if is_checkpoint(path) else read_tensors(path)
+    refuse_differences(path, tensors)
+    return read_part(layouts, tensors, path), metadata
