@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.text import repair
+
 MAX_LENGTH = 77  # token ids per prompt, start and end included
 NUM_MERGES = 48_894  # the published list is longer, but CLIP's vocabulary ends here
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -34,7 +36,7 @@ def split_words(text: str) -> list[str]:
     """Split into the words that BPE works on: special tokens, contractions, letters, single digits, the rest."""
     categories = (unicodedata.category(c)[0] for c in text)  # L for letters, N for numbers; marks count as the rest
     classes = "".join(" " if c.isspace() else k if k in "LN" else "x" for c, k in zip(text, categories))
-    special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)")
+    special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
     run = re.compile(r"L+|N|x+")
     words, position = [], 0
     while position < len(text):
@@ -45,23 +47,8 @@ def split_words(text: str) -> list[str]:
     return words
 
 
-STRAIGHT_QUOTES = {ord(c): "'" for c in "\u02bc\u2018\u2019\u201a\u201b"} | dict.fromkeys(range(0x201C, 0x2020), '"')
-
-
-def normalize(text: str) -> str:
-    """Replace curly quotes, full-width forms and ligatures by plain ones, and compose accents.
-
-    The released tokenizer calls the library ftfy here, which also repairs wrongly decoded text ("cafÃ©") and removes
-    control characters and terminal escapes. This one leaves such text as it is.
-    """
-    text = text.translate(STRAIGHT_QUOTES)
-    compatible = re.compile("[\ufb00-\ufb06\uff01-\uffef]")
-    text = compatible.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    return unicodedata.normalize("NFC", text)
-
-
 class Tokenizer:
-    """Text to CLIP's token ids and back, by byte-level byte-pair encoding; `normalize` says where CLIP's differs."""
+    """Text to CLIP's token ids and back, by byte-level byte-pair encoding; support/text.py says what differs."""
 
     def __init__(self, merges: list[tuple[str, str]]):
         symbols = list(byte_symbols().values())
@@ -107,7 +94,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without start and end."""
-        text = html.unescape(html.unescape(normalize(text)))  # twice, as released: &amp;lt; becomes <
+        text = html.unescape(html.unescape(repair(text)))  # twice, as released: &amp;lt; becomes <
         text = " ".join(text.split()).lower()
         return [i for word in split_words(text) for i in self.merge(word)]
 

@@ -99,8 +99,8 @@ def parse_arguments():
     parser = options.ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
     add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
     ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
-    add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, or owner/repo:file")
-    add("--controlnet", action="append", default=[], help="a file, a diffusers folder, or owner/repo:file; repeatable")
+    add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file")
+    add("--controlnet", action="append", default=[], help="a file, a folder, owner/repo:file or owner/repo; repeatable")
     add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
     add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
     add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")

@@ -2,13 +2,16 @@
 
 import json
 import sys
+from statistics import fmean, median
 
 import pytest
 import torch
 from PIL import Image
+from standin import ROOT
 
-from convergence import growth_step, hint_response, jump_step, plot_convergence
+from convergence import LEAD, forecast, growth_step, hint_response, jump_step, news, plot_convergence
 from support.errors import UserError
+from support.log import read_log
 from tools import plot
 
 
@@ -41,11 +44,47 @@ def test_growth_is_told_from_noise():
     assert growth_step([{"step": 1, "loss": 0.1}]) is None
 
 
-def test_jump_is_a_fifth_of_the_loss():
-    flat = measured(1e-3, 1e-3)
-    assert jump_step(flat) is None
-    late = measured(1e-3, 1e-3, 1e-2, gap=0.005)[2:]
-    assert jump_step([*flat, {"step": 15, "loss": 0.1}, *late]) == 20
+def test_jump_is_half_of_the_loss_in_three_measurements():
+    gaps = [0.0, 0.02, 0.0, 0.001, 0.01, 0.009, 0.011, 0.02]  # a single high one is none
+    entries = [entry | {"hint_gap": gap} for entry, gap in zip(measured(*[1e-2] * 8), gaps, strict=True)]
+    assert jump_step(entries) == 60
+    assert jump_step(entries[:6]) is None
+    assert jump_step([{"step": 1, "loss": 0.1}, *entries[3:]]) == 60
+
+
+def test_forecast_waits_for_a_tenth_of_the_level():
+    """With a loss of 0.02 samples follow at a sensitivity of 0.1: the forecast comes at 0.01, in three measurements."""
+    rising = measured(1e-4, 1e-3, 5e-3, 8e-3, 1.1e-2, 1.3e-2, 3e-2)
+    assert forecast(rising[:5]) is None
+    assert forecast(rising[:6]) == forecast(rising) == (50, round(1.67 * 50))
+    assert forecast(measured(1e-4, 1e-4, 2.5e-2, 1e-4)) is None  # a spike
+    assert forecast([]) is None
+
+
+def test_what_is_said_when():
+    entries = measured(1e-4, 1e-4, 1e-4, 5e-3, 1e-2, 2e-2, 5e-2)
+    assert news(entries[:4]) == news(entries[:5]) == []
+    assert news(entries[:6]) == [
+        "step 50: the hint sensitivity is growing: 2.0e-02",
+        "step 50: at this rate samples follow their hints at about step 84",
+    ]
+    assert news(entries) == news([]) == []
+
+
+def test_forecast_error():
+    """Ten seeds of the miniature's default training: each jump, from a factor fitted on the other nine."""
+    found = {}
+    for path in sorted((ROOT / "docs" / "logs").glob("forecast-*.jsonl")):
+        entries = read_log(path)
+        found[path.stem] = (forecast(entries)[0], jump_step(entries))
+    assert len(found) == 10
+    factors = {name: jump / early for name, (early, jump) in found.items()}
+    errors = [
+        abs(median(other for key, other in factors.items() if key != name) / factor - 1)
+        for name, factor in factors.items()
+    ]
+    assert fmean(errors) == pytest.approx(FORECAST_ERROR, abs=0.005) and max(errors) <= LARGEST_ERROR
+    assert median(factors.values()) == pytest.approx(LEAD, abs=0.05)
 
 
 def history(steps, iou_every):
