@@ -27,7 +27,7 @@ from vae import sample_latent
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
-GROWTH, JUMP, EARLY, LEAD = 10, 0.5, 0.1, 1.67  # see growth_step, jump_step, forecast
+GROWTH, JUMP, EARLY, LEAD = 10, 0.5, 0.1, 1.6  # see growth_step, jump_step, forecast
 
 
 def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float]:
@@ -146,7 +146,7 @@ def forecast(history: list[dict]) -> tuple[int, int] | None:
     """The first logged step at which jump_step can be forecast, and the forecast; None before.
 
     If the prediction with its own hint were right, another hint would cost the square of the sensitivity, so the jump
-    is near a sensitivity of sqrt(JUMP loss). At a tenth of it three fifths of the steps are done: measured, no theory.
+    is near a sensitivity of sqrt(JUMP loss). At a tenth of it five eighths of the steps are done: measured, no theory.
     """
     for step, sensitivity, _, loss in means_of_three(history):
         if sensitivity >= EARLY * math.sqrt(JUMP * loss):
@@ -160,8 +160,8 @@ def news(history: list[dict]) -> list[str]:
     if "hint_gap" in entry:
         if growth_step(history) == entry["step"]:
             lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
-        if (expected := forecast(history)) and expected[0] == entry["step"]:
-            lines.append(f"at this rate samples follow their hints at about step {expected[1]}")
+        if (expected := forecast(history)) and expected[0] == entry["step"] and jump_step(history) is None:
+            lines.append(f"samples follow their hints at about step {expected[1]}, give or take a quarter")
         if jump_step(history) == entry["step"]:
             lines.append("the jump: another pair's hint costs half of the held-out loss, samples follow their hints")
     if "iou" in entry:

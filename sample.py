@@ -86,13 +86,14 @@ def generate(
     return torch.cat([sd.decode_latents(latent) for latent in z0.split(1)])  # one by one: this needs the most memory
 
 
-def load_decoders(sd: StableDiffusion, paths: list[Path]) -> None:
-    """Load a decoder that was trained along with a ControlNet (train.py --unlock-decoder) into the base's UNet."""
+def load_decoders(sd: StableDiffusion, paths: list[Path]) -> bool:
+    """Load a decoder that was trained with a ControlNet (train.py --unlock-decoder) into the UNet; True if one was."""
     marked = [path for path in paths if not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]]
     if len(marked) > 1:
         raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
     for path in marked:
         load_official(sd.unet, official_state_dict(sd.unet) | read_tensors(path)[0], str(path))
+    return bool(marked)
 
 
 def parse_arguments():

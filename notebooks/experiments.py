@@ -1,4 +1,4 @@
-"""The trainings whose logs the notebooks read: `python notebooks/experiments.py`, about half an hour on two CPU cores.
+"""The trainings whose logs the notebooks read: `python notebooks/experiments.py`, about an hour on two CPU cores.
 
 Each run stays in runs/NAME and is not trained again once it is complete; its log is copied to docs/logs/NAME.jsonl.
 Scores on 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png and
@@ -37,6 +37,7 @@ VARIANTS = {
     "prompts-never-empty": ["--proportion-empty-prompts", "0"],
     "prompts-always-empty": ["--proportion-empty-prompts", "1"],
 }
+FORECASTS = range(10)  # seeds on which convergence.forecast is judged, tests/test_convergence.py
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "none": lambda prompt: "",
     "insufficient": lambda prompt: "circle",
@@ -120,6 +121,9 @@ def main() -> None:
     for name, options in VARIANTS.items():
         train(name, *options, encoded="ablation-zero-0")
     picture_of_the_jump()
+
+    for seed in FORECASTS:
+        train(f"forecast-{seed}", "--seed", str(seed), "--validation-steps", "0", steps=300)
 
     paths = {count: train(f"pairs-{count}", "--data", str(draw(count))) for count in PAIRS}
     paths[2000] = runs["zero", 0]

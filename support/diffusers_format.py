@@ -14,23 +14,24 @@ from diffusion import NoiseSchedule
 from support.errors import UserError
 from support.files import read_json, read_tensors, save_json, save_tensors
 from support.formats import Layout, Part, Rules, nest, read_part
-from support.sizes import hint_channels, latent_scale, refuse_more_channels, sizes_from_shapes, sizes_of, unet_config
+from support.sizes import check_sizes, hint_channels, is_scale, sizes_from_shapes, sizes_of, unet_config
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 FILE = "diffusion_pytorch_model.safetensors"
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # the last two are the text encoder's
-ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the order in which diffusers looks
 NETWORKS = {  # -> its folder in a base's, its class there
     UNet: ("unet", "UNet2DConditionModel"),
     AutoencoderKL: ("vae", "AutoencoderKL"),
     CLIPTextModel: ("text_encoder", None),
 }
+UNETS = ("UNet2DConditionModel", "ControlNetModel")
 CONTROLNET_CLASS, HINT = "ControlNetModel", "controlnet_cond_embedding."
 ORDER = "controlnet_conditioning_channel_order"
 # What is fetched of a repository.
 CONTROLNET_FILES = ["config.json", FILE]
-BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/merges.txt", f"unet/{FILE}", f"vae/{FILE}",
+BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/*", f"unet/{FILE}", f"vae/{FILE}",
               "text_encoder/model.safetensors"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def vae_rules(attention: Rules) -> Rules:
 
 def diffusers_layouts(transformer: Rules, clip: Rules) -> dict[type[nn.Module], tuple[Layout, ...]]:
     """For each network the layout that is written today, then another. The rules passed are the official ones."""
-    ids = "embeddings.position_ids"
+    not_used = ("text_model.embeddings.position_ids", "embeddings.position_ids", "text_projection.")
 
     def layout(kind: str, rules: Rules, mark: str, prefix: str = "", others: tuple[str, ...] = ()) -> Layout:
         return Layout("diffusers", kind, rules, prefix, others, mark)
@@ -122,7 +123,7 @@ def diffusers_layouts(transformer: Rules, clip: Rules) -> dict[type[nn.Module], 
             for attention in (LINEAR, LINEAR_ONCE)
         ),
         CLIPTextModel: tuple(
-            layout("base model", clip, f"{prefix}final_layer_norm.weight", prefix, (prefix + ids,))
+            layout("base model", clip, f"{prefix}final_layer_norm.weight", prefix, not_used)
             for prefix in ("text_model.", "")
         ),
         ControlNet: (
@@ -137,7 +138,8 @@ def diffusers_layouts(transformer: Rules, clip: Rules) -> dict[type[nn.Module], 
 NO_MATTER = (  # to the numbers, beside names that begin with _
     "sample_size", "upcast_attention", "force_upcast", "addition_embed_type_num_heads", "dropout",
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "initializer_factor",
-    "initializer_range", "projection_dim", "transformers_version", "architectures", "num_attention_heads",
+    "initializer_range", "projection_dim", "transformers_version", "architectures", "num_attention_heads", "use_cache",
+    "return_dict", "tie_word_embeddings", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 ALWAYS = {  # what Stable Diffusion 1.5 has, and folders may or may not say
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1, "transformer_layers_per_block": 1,
@@ -151,6 +153,8 @@ SCHEDULE = {
     "beta_schedule": "scaled_linear", "trained_betas": None, "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }  # fmt: skip
+SCHEDULE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' own
+OTHER_PROCESSES = ("FlowMatch", "EDM")  # begin the names of schedulers that add noise in another way
 
 
 def encoder_settings(config: UNetConfig) -> dict:
@@ -217,16 +221,40 @@ def text_settings(config: CLIPTextConfig) -> dict:
     }
 
 
-def check_settings(path: Path, theirs: dict, ours: dict, advice: str = "") -> None:
+def plain(value: object) -> object:
+    """A setting as it is compared: one number for a list of equal ones, SiLU under one name."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    return "silu" if value == "swish" else value
+
+
+def check_settings(path: Path, theirs: dict, ours: dict) -> None:
     """Raise UserError at the first setting that would give other numbers than ours."""
     ours = ALWAYS | ours
     for name, value in theirs.items():
         if name not in ours and (name.startswith("_") or name in NO_MATTER):
             continue
         wanted = ours.get(name)
-        if value != wanted and not (wanted is None and value is False):
-            known = f"this program reads {wanted!r} alone" if name in ours else "which this program does not know"
-            raise UserError(f"{path}: {name} is {value!r}, {known}{advice}")
+        if plain(value) != plain(wanted) and not (wanted is None and value is False):
+            known = f"this program takes {wanted!r} alone" if name in ours else "which this program does not know"
+            raise UserError(f"{path}: {name} is {value!r}, {known}: pass another model")
+
+
+def hidden_size(path: Path, settings: dict, name: str, default: int) -> int:
+    """A size that no tensor's shape shows; diffusers' default where the settings do not say. Raises UserError."""
+    value = plain(settings.get(name, default))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
+        raise UserError(f"{path}: {name} is {value!r}, but must be a whole number above 0: pass another model")
+    return int(value)
+
+
+def unet_sizes(path: Path, settings: dict) -> dict[str, int]:
+    """The hidden sizes of a UNet or ControlNet."""
+    default = UNetConfig()
+    return {
+        "num_heads": hidden_size(path, settings, "attention_head_dim", default.num_heads),
+        "norm_groups": hidden_size(path, settings, "norm_num_groups", default.norm_groups),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -242,43 +270,46 @@ def weights_in(folder: Path) -> Path:
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
     if any(folder.glob("*index*.json")):
         raise UserError(f"{folder}: its weights are split over several files: save them as one, {FILE}")
+    if (folder / "controlnet").is_dir():
+        raise UserError(f"{folder} is a checkpoint of diffusers: pass {folder / 'controlnet'}")
     others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or f"the one with {FILE}"
     raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
 
 
-def read_network(folder: Path, layouts: tuple[Layout, ...], kind: str | None) -> tuple[Part, dict]:
-    """A network's tensors under our names, and its settings; those are empty without a config.json."""
-    file, config = weights_in(folder), folder / "config.json"
+def read_network(file: Path, layouts: tuple[Layout, ...], kind: str | None) -> tuple[Part, Path, dict]:
+    """A network's tensors under our names, its config.json, and the settings in it, empty if there is none."""
+    config = file.with_name("config.json")
     settings = read_json(config) if config.is_file() else {}
-    if (found := settings.get("_class_name", kind)) != kind:
-        raise UserError(f"{folder} holds a {found}, not a {kind}: pass another folder")
+    if (found := settings.get("_class_name") or kind) != kind:
+        raise UserError(f"{file.parent} holds {found}, not {kind}: pass another folder")
     tensors, _ = read_tensors(file)
-    if kind and settings.get("num_attention_heads"):  # a second name, which comes first
+    if kind in UNETS and settings.get("num_attention_heads"):  # a second name, which comes first
         settings["attention_head_dim"] = settings["num_attention_heads"]
     if settings.get(ORDER) == "bgr" and f"{HINT}conv_in.weight" in tensors:  # turn the weights, not each hint
         tensors[f"{HINT}conv_in.weight"] = tensors[f"{HINT}conv_in.weight"].flip(1)
         settings[ORDER] = "rgb"
-    if kind == "AutoencoderKL":  # 1x1 convolutions here and officially, linear layers there
+    if kind == NETWORKS[AutoencoderKL][1]:  # 1x1 convolutions here and officially, linear layers there
         flat = [name for name, tensor in tensors.items() if ".attentions." in name and tensor.ndim == 2]
         tensors |= {name: tensors[name][..., None, None] for name in flat}
-    return read_part(layouts, tensors, file), settings
+    return read_part(layouts, tensors, file), config, settings
 
 
-UNET_SIZES = {"num_heads": "attention_head_dim", "norm_groups": "norm_num_groups"}
+def is_controlnet_file(path: Path) -> bool:
+    """Whether it is the weight file of a ControlNet's folder, so that the settings beside it are its own."""
+    config = path.with_name("config.json")
+    return path.is_file() and config.is_file() and read_json(config).get("_class_name") == CONTROLNET_CLASS
 
 
-def hidden_sizes(settings: dict, **names: str) -> dict[str, int]:
-    """The sizes that no tensor's shape shows: our names, and theirs in the settings."""
-    return {ours: settings[theirs] for ours, theirs in names.items() if isinstance(settings.get(theirs), int)}
+def read_controlnet_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Part, dict[str, int]]:
+    """The tensors of a ControlNetModel's folder, or of a file in it, and its hidden sizes.
 
-
-def read_controlnet_folder(folder: Path, layouts: tuple[Layout, ...]) -> tuple[Part, dict[str, int]]:
-    """The tensors of a ControlNetModel, and its hidden sizes. Raises UserError where settings or names don't fit."""
-    part, settings = read_network(folder, layouts, CONTROLNET_CLASS)
-    hidden = hidden_sizes(settings, **UNET_SIZES)
-    with sizes_of(folder):
+    Raises UserError where settings or names don't fit.
+    """
+    part, config, settings = read_network(weights_in(path) if path.is_dir() else path, layouts, CONTROLNET_CLASS)
+    hidden = unet_sizes(config, settings) if settings else {}
+    with sizes_of(path):
         ours = controlnet_settings(unet_config(part, **hidden), hint_channels(part))
-    check_settings(folder / "config.json", settings, ours, part.advice)
+    check_settings(config, settings, ours)
     return part, hidden
 
 
@@ -288,29 +319,39 @@ def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layou
     if missing:
         raise UserError(f"{folder} has no {missing}/ in it, as a base's folder in diffusers' layout does: pass such a "
                         "folder, or a single file")  # fmt: skip
-    if (schedule := folder / "scheduler" / "scheduler_config.json").is_file():
-        check_settings(schedule, {name: v for name, v in read_json(schedule).items() if name in SCHEDULE}, SCHEDULE)
-    found = {network: read_network(folder / name, layouts[network], kind) for network, (name, kind) in NETWORKS.items()}
-    parts, settings = ({network: pair[i] for network, pair in found.items()} for i in range(2))
-    hidden = {
-        "unet": hidden_sizes(settings[UNet], **UNET_SIZES),
-        "vae": hidden_sizes(settings[AutoencoderKL], norm_groups="norm_num_groups"),
-        "text": hidden_sizes(settings[CLIPTextModel], num_heads="num_attention_heads"),
+    check_schedule(folder / "scheduler" / "scheduler_config.json")
+    found = {
+        network: read_network(weights_in(folder / name), layouts[network], kind)
+        for network, (name, kind) in NETWORKS.items()
     }
+    (_, unet_config, unet), (_, vae_config, vae), (_, text_config, text) = found.values()
+    default = CLIPTextConfig().num_heads if not text else 8  # transformers', for a missing one
+    hidden = {
+        "unet": unet_sizes(unet_config, unet),
+        "vae": {"norm_groups": hidden_size(vae_config, vae, "norm_num_groups", VAEConfig().norm_groups)},
+        "text": {"num_heads": hidden_size(text_config, text, "num_attention_heads", default)},
+    }
+    parts = {network: part for network, (part, _, _) in found.items()}
     with sizes_of(folder):
         sizes = sizes_from_shapes(*parts.values(), hidden)
-        if "scaling_factor" in settings[AutoencoderKL]:
-            sizes |= latent_scale(settings[AutoencoderKL]["scaling_factor"])
-    refuse_more_channels(folder, sizes)
-    ours = {
-        UNet: unet_settings(sizes["unet"]),
-        AutoencoderKL: vae_settings(sizes["vae"], sizes.get("latent_scale")),
-        CLIPTextModel: text_settings(sizes["text"]),
-    }
-    for network, expected in ours.items():
-        name, _ = NETWORKS[network]
-        check_settings(folder / name / "config.json", settings[network], expected, parts[network].advice)
+    if "scaling_factor" in vae:
+        sizes["latent_scale"] = vae["scaling_factor"]
+        if not is_scale(vae["scaling_factor"]):
+            raise UserError(f"{vae_config}: scaling_factor is {vae['scaling_factor']!r}: correct it")
+    check_sizes(folder, sizes)
+    check_settings(unet_config, unet, unet_settings(sizes["unet"]))
+    check_settings(vae_config, vae, vae_settings(sizes["vae"], sizes.get("latent_scale")))
+    check_settings(text_config, text, text_settings(sizes["text"]))
     return parts, sizes
+
+
+def check_schedule(path: Path) -> None:
+    """Raise UserError for a scheduler of another diffusion process; which sampler it names does not matter."""
+    if path.is_file():
+        settings = SCHEDULE_DEFAULTS | read_json(path)
+        if str(settings.get("_class_name")).startswith(OTHER_PROCESSES):
+            raise UserError(f"{path}: {settings['_class_name']} is of another diffusion process: pass another model")
+        check_settings(path, {name: value for name, value in settings.items() if name in SCHEDULE}, SCHEDULE)
 
 
 def save_controlnet_folder(controlnet: ControlNet, layout: Layout, folder: Path) -> None:

@@ -48,7 +48,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no named tensors: pass a checkpoint")
+        parts = [name for name, value in content.items() if isinstance(value, dict)] if type(content) is dict else []
+        advice = f"save its part {parts[0]!r} alone" if parts else "pass a checkpoint"
+        raise UserError(f"{path} holds no named tensors: {advice}")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
 
 

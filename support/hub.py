@@ -56,10 +56,10 @@ def locate(source: str | Path, files: list[str], advice: str) -> Path:
         return Path(source)  # of a file that is missing
     from huggingface_hub import snapshot_download
 
-    with fetching(" ".join(files), repo, f"there is no such file or folder here either; {advice}"):
+    with fetching("a folder in diffusers' layout", repo, f"nor is there a file or folder {repo} here: {advice}"):
         print(f"fetching the files of huggingface.co/{repo} in diffusers' layout")
         folder = Path(snapshot_download(repo, allow_patterns=files))
-    if missing := [file for file in files if file.endswith(WEIGHT_FILES) and not (folder / file).is_file()]:
+    if missing := [file for file in files if "*" not in file and not (folder / file).is_file()]:
         raise UserError(f"huggingface.co/{repo} has no {missing[0]}: name a file in it, {repo}:FILE")
     return folder
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from support.checkpoints import is_checkpoint, read_trained
-from support.diffusers_format import read_base_folder, read_controlnet_folder
+from support.diffusers_format import is_controlnet_file, read_base_folder, read_controlnet_folder
+from support.errors import UserError
 from support.files import read_tensors
 from support.formats import Layout, Part, read_part
 from support.kinds import refuse_differences, warn_of_pooling
@@ -32,13 +33,21 @@ def read_base(path: Path, in_file: Layouts, in_folder: Layouts) -> tuple[dict[ty
 def read_controlnet(path: Path, layouts: Sequence[Layout]) -> tuple[Part, dict[str, str]]:
     """The tensors of a ControlNet, and its file's metadata, in which "unet" has the sizes that no shape shows.
 
-    `path` is a single file, a folder of diffusers or a checkpoint of train.py. Raises UserError as read_tensors does,
-    for settings that are not those of a ControlNet for Stable Diffusion 1.x, and for weights that are differences.
+    `path` is a single file, a folder of diffusers or a file in one, or a checkpoint of train.py. Raises UserError as
+    read_tensors does, for settings that are not those of a ControlNet for Stable Diffusion 1.x, and for differences.
     """
     warn_of_pooling(path)
-    if path.is_dir() and not is_checkpoint(path):
+    if (path.is_dir() and not is_checkpoint(path)) or is_controlnet_file(path):
         part, hidden = read_controlnet_folder(path, layouts)
         return part, {"unet": json.dumps(hidden)}
     tensors, metadata = read_trained(path) if is_checkpoint(path) else read_tensors(path)
     refuse_differences(path, tensors)
     return read_part(layouts, tensors, path), metadata
+
+
+def refuse_own(part: Part) -> None:
+    """Raise UserError for what only this project reads."""
+    if part.layout.name == "own":
+        lite = "time_embed.0.weight" not in part.tensors
+        what = "a ControlNet-lite: keep it as it is" if lite else "a checkpoint: pass the run's controlnet.safetensors"
+        raise UserError(f"no other program can read {part.source}, {what}")

@@ -11,10 +11,13 @@ import torch
 
 from clip_text import CLIPTextConfig, Tokenizer
 from support.errors import UserError, reading
+from support.files import read_json
 from support.formats import Part
 from support.hub import fetch
 from unet import UNetConfig
 from vae import VAEConfig
+
+HIDDEN = ("num_heads", "norm_groups")  # sizes of a UNet that no tensor's shape shows
 
 
 @contextlib.contextmanager
@@ -56,17 +59,26 @@ def read_sizes(source: str | Path, metadata: Mapping[str, str], parts: Sequence[
 
     Raises UserError where they make no Stable Diffusion 1.x.
     """
+    config = own_metadata(metadata, "config")
     with sizes_of(source):
-        sizes = sizes_from_metadata(metadata) if "config" in metadata else sizes_from_shapes(*parts)
-    refuse_more_channels(source, sizes)
+        sizes = sizes_from_metadata(config) if "unet" in config else sizes_from_shapes(*parts)
+    check_sizes(source, sizes)
     return sizes
 
 
-def sizes_from_metadata(metadata: Mapping[str, str]) -> dict:
-    config = json.loads(metadata["config"])
+def own_metadata(metadata: Mapping[str, str], key: str) -> dict:
+    """What we wrote under this key of a file's metadata; empty where another program put something else there."""
+    try:
+        content = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def sizes_from_metadata(config: dict) -> dict:
     kinds = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}
     sizes = {part: {k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()} for part in kinds}
-    return {part: kinds[part](**sizes[part]) for part in kinds} | latent_scale(config["latent_scale"])
+    return {part: kinds[part](**sizes[part]) for part in kinds} | {"latent_scale": config["latent_scale"]}
 
 
 def config_metadata(sd) -> dict[str, str]:
@@ -102,43 +114,51 @@ def sizes_from_shapes(
     }
 
 
-def latent_scale(value: object) -> dict[str, float]:
-    scale = float(value)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"latent_scale {scale}")
-    return {"latent_scale": scale}
+def is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def refuse_more_channels(source: str | Path, sizes: dict) -> None:
-    """Raise UserError for a UNet that takes more than latents."""
-    channels, latent_channels = sizes["unet"].in_channels, sizes["vae"].latent_channels
-    if channels != latent_channels:
+def check_sizes(source: str | Path, sizes: dict) -> None:
+    """Raise UserError for a UNet that takes more than latents, and for sizes that only fail when they are used."""
+    unet, vae, text = (sizes[part] for part in ("unet", "vae", "text"))
+    if unet.in_channels != vae.latent_channels:
         raise UserError(
-            f"{source}: its UNet takes {channels} channels, but latents have {latent_channels}: an inpainting or "
-            "InstructPix2Pix model can't serve as the base"
+            f"{source}: its UNet takes {unet.in_channels} channels, but latents have {vae.latent_channels}: an "
+            "inpainting or InstructPix2Pix model can't serve as the base"
         )
+    scale = sizes.get("latent_scale", 1.0)
+    if not is_scale(scale):
+        raise UserError(f"{source}: its latent_scale is {scale}, but must be above 0: fetch it again")
+    widths = [(unet.model_channels * mult, unet.num_heads) for mult in unet.channel_mult]
+    for width, heads in [*widths, (text.width, text.num_heads)]:
+        if heads < 1 or width % heads:
+            raise UserError(f"{source}: {width} channels make no {heads} heads: pass another model")
 
 
 def refuse_other_sizes(source: str | Path, hidden: Mapping[str, int], config: UNetConfig) -> None:
     """Raise UserError for a ControlNet whose `hidden` sizes differ from those of the base's UNet."""
-    for name, size in hidden.items():
-        if getattr(config, name) != size:
-            raise UserError(f"{source}: was copied from a base with {name} {size}, this one has "
+    for name in HIDDEN:
+        if hidden.get(name, getattr(config, name)) != getattr(config, name):
+            raise UserError(f"{source}: was copied from a base with {name} {hidden[name]}, this one has "
                             f"{getattr(config, name)}: pass the base that it was trained with")  # fmt: skip
 
 
 def read_tokenizer(checkpoint: Path, vocab_size: int, repo: str) -> Tokenizer:
-    """Read the merges.txt beside a checkpoint or in its folder, in tokenizer/ there, or in the hub's `repo`.
+    """Read the list of merges beside a checkpoint or in its folder, in tokenizer/ there, or in the hub's `repo`.
 
-    Raises UserError.
+    That is merges.txt, or the tokenizer.json that transformers writes since its version 5. Raises UserError.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    places = (folder / "merges.txt", folder / "tokenizer" / "merges.txt")
+    places = [folder / name for name in ("merges.txt", "tokenizer/merges.txt", "tokenizer/tokenizer.json")]
     merges = next((place for place in places if place.is_file()), None)
     if merges is None:
         merges = fetch(repo, "tokenizer/merges.txt", f"put the tokenizer's merges.txt beside {checkpoint}")
     with reading(merges, "list of BPE merges"):
-        tokenizer = Tokenizer.from_merges(merges)
+        if merges.suffix == ".json":
+            pairs = read_json(merges)["model"]["merges"]
+            tokenizer = Tokenizer([tuple(pair.split() if isinstance(pair, str) else pair) for pair in pairs])
+        else:
+            tokenizer = Tokenizer.from_merges(merges)
     if len(tokenizer.ids) != vocab_size:
         raise UserError(
             f"{merges} makes {len(tokenizer.ids)} tokens, but {checkpoint} was trained with {vocab_size}: "

@@ -56,7 +56,7 @@ def test_forecast_waits_for_a_tenth_of_the_level():
     """With a loss of 0.02 samples follow at a sensitivity of 0.1: the forecast comes at 0.01, in three measurements."""
     rising = measured(1e-4, 1e-3, 5e-3, 8e-3, 1.1e-2, 1.3e-2, 3e-2)
     assert forecast(rising[:5]) is None
-    assert forecast(rising[:6]) == forecast(rising) == (50, round(1.67 * 50))
+    assert forecast(rising[:6]) == forecast(rising) == (50, 80)
     assert forecast(measured(1e-4, 1e-4, 2.5e-2, 1e-4)) is None  # a spike
     assert forecast([]) is None
 
@@ -66,13 +66,16 @@ def test_what_is_said_when():
     assert news(entries[:4]) == news(entries[:5]) == []
     assert news(entries[:6]) == [
         "step 50: the hint sensitivity is growing: 2.0e-02",
-        "step 50: at this rate samples follow their hints at about step 84",
+        "step 50: samples follow their hints at about step 80, give or take a quarter",
     ]
     assert news(entries) == news([]) == []
 
 
 def test_forecast_error():
-    """Ten seeds of the miniature's default training: each jump, from a factor fitted on the other nine."""
+    """Ten seeds of the miniature's default training: each jump, from a factor fitted on the other nine.
+
+    The figures are those of docs/convergence.md.
+    """
     found = {}
     for path in sorted((ROOT / "docs" / "logs").glob("forecast-*.jsonl")):
         entries = read_log(path)
@@ -83,8 +86,8 @@ def test_forecast_error():
         abs(median(other for key, other in factors.items() if key != name) / factor - 1)
         for name, factor in factors.items()
     ]
-    assert fmean(errors) == pytest.approx(FORECAST_ERROR, abs=0.005) and max(errors) <= LARGEST_ERROR
-    assert median(factors.values()) == pytest.approx(LEAD, abs=0.05)
+    assert fmean(errors) == pytest.approx(0.158, abs=0.001) and max(errors) == pytest.approx(0.275, abs=0.001)
+    assert median(factors.values()) == pytest.approx(LEAD, abs=0.02)
 
 
 def history(steps, iou_every):

@@ -6,48 +6,17 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from standin import CONFIGS, deviation, golden, make_up_merges, same_state
+from standin import CONFIGS, deviation, golden, same_state
 
 from stable_diffusion import StableDiffusion
-from support.diffusers_format import text_settings, unet_settings, vae_settings
 from support.errors import UserError
-from weights import DIFFUSERS, load_controlnet
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory):
-    """The small stand-in, loaded into diffusers' and transformers' classes and saved by them."""
-    import diffusers
-    import transformers
-
-    sd = StableDiffusion.load(checkpoint("small"))
-    unet, vae, text = CONFIGS["small"]
-    theirs = {
-        "unet": diffusers.UNet2DConditionModel.from_config(unet_settings(unet)),
-        "vae": diffusers.AutoencoderKL.from_config(vae_settings(vae, sd.latent_scale)),
-        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(text))),
-    }
-    folder = tmp_path_factory.mktemp("base")
-    for (name, model), ours in zip(theirs.items(), (sd.unet, sd.vae, sd.text_encoder), strict=True):
-        layouts, tensors = DIFFUSERS[type(ours)], model.state_dict()
-        layout = next(layout for layout in layouts if layout.mark in tensors)
-        state = {layout.theirs(name): tensor for name, tensor in ours.state_dict().items()}
-        used = {key: tensor.reshape(tensors[key].shape) for key, tensor in state.items()}  # 1x1 convolutions there
-        assert used.keys() == tensors.keys() - {f"{layout.prefix}embeddings.position_ids"}
-        model.load_state_dict(used, strict=False)
-        model.save_pretrained(folder / name)
-    (folder / "tokenizer").mkdir()
-    make_up_merges(folder / "tokenizer" / "merges.txt", text.vocab_size)
-    diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
-    return folder
+from weights import load_controlnet
 
 
 @pytest.fixture
-def copied(folder, tmp_path):
+def copied(diffusers_base, tmp_path):
     """A copy of the folder, to be spoiled."""
-    return shutil.copytree(folder, tmp_path / "copy")
+    return shutil.copytree(diffusers_base, tmp_path / "copy")
 
 
 def change(path, **settings):
@@ -63,22 +32,22 @@ def rename(path, **names):
     save_file(tensors, path)
 
 
-def test_the_folder_is_the_file(folder, checkpoint):
-    a, b = StableDiffusion.load(folder), StableDiffusion.load(checkpoint("small"))
+def test_the_folder_is_the_file(diffusers_base, checkpoint):
+    a, b = StableDiffusion.load(diffusers_base), StableDiffusion.load(checkpoint("small"))
     assert (a.unet.config, a.vae.config, a.text_encoder.config) == CONFIGS["small"]
     assert a.latent_scale == b.latent_scale == 0.18215
     assert same_state(a, b)
 
 
 @torch.no_grad()
-def test_the_numbers_are_diffusers_own(folder):
+def test_the_numbers_are_diffusers_own(diffusers_base):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    sd, arrays = StableDiffusion.load(folder), golden("small")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    sd, arrays = StableDiffusion.load(diffusers_base), golden("small")
+    unet = UNet2DConditionModel.from_pretrained(diffusers_base / "unet")
+    vae = AutoencoderKL.from_pretrained(diffusers_base / "vae")
+    text = CLIPTextModel.from_pretrained(diffusers_base / "text_encoder")
     x, t, context = arrays["x"], arrays["t"], arrays["text"]
     ids = sd.tokenizer(["a", "some more words"])
     image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
@@ -99,6 +68,7 @@ def test_old_names(copied, checkpoint):
     tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(text).items()}
     save_file(tensors | {"embeddings.position_ids": torch.arange(77)[None]}, text)
     vae.rename(vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    save_file(load_file(text), text.with_name("model.fp16.safetensors"))  # not looked at where there is a whole one
     torch.save(load_file(text), text.with_name("pytorch_model.bin"))
     text.unlink()
     assert same_state(StableDiffusion.load(copied), StableDiffusion.load(checkpoint("small")))
@@ -108,10 +78,24 @@ SPOILED = [  # a file, settings that replace its own, what the line must say
     ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection is True"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
     ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, "attention_head_dim is [5, 10, 20, 20]"),
-    ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "a UNet3DConditionModel, not a UNet2DConditionModel"),
+    (
+        "unet/config.json",
+        {"_class_name": "UNet3DConditionModel"},
+        "UNet3DConditionModel, not UNet2DConditionModel",
+    ),
     ("unet/config.json", {"some_new_option": 3}, "some_new_option is 3, which this program does not know"),
     ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
-    ("vae/config.json", {"scaling_factor": 0}, "make no model"),
+    ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0: correct it"),
+    ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None: correct it"),
+    ("unet/config.json", {"attention_head_dim": 5}, "32 channels make no 5 heads"),
+    ("unet/config.json", {"attention_head_dim": -4}, "attention_head_dim is -4, but must be a whole number above 0"),
+    ("unet/config.json", {"norm_num_groups": True}, "norm_num_groups is True, but must be"),
+    ("text_encoder/config.json", {"num_attention_heads": 5}, "48 channels make no 5 heads"),
+    (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        "another diffusion process",
+    ),
     ("vae/config.json", {"norm_num_groups": 5}, "make no model"),
     ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
@@ -126,6 +110,38 @@ def test_settings_that_are_not_stable_diffusion_1(file, settings, fragment, copi
         StableDiffusion.load(copied)
     assert fragment in str(raised.value) and "\n" not in str(raised.value)
     assert str(raised.value).startswith(str(copied))
+
+
+def test_settings_in_other_words(copied, checkpoint):
+    """A list for all levels, 4.0 for 4, SiLU's other name, and what transformers adds."""
+    change(copied / "unet" / "config.json", attention_head_dim=[4, 4, 4, 4], layers_per_block=[2] * 4, act_fn="swish")
+    change(copied / "vae" / "config.json", norm_num_groups=32.0)
+    change(copied / "text_encoder" / "config.json", use_cache=True, tie_word_embeddings=True)
+    assert StableDiffusion.load(copied).unet.config == StableDiffusion.load(checkpoint("small")).unet.config
+
+
+@pytest.mark.parametrize("name", ["beta_start", "beta_schedule"])
+def test_a_scheduler_that_does_not_say(name, copied):
+    """Then it is diffusers' default, which is not Stable Diffusion's."""
+    path = copied / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+    with pytest.raises(UserError, match=f"{name} is"):
+        StableDiffusion.load(copied)
+
+
+def test_missing_heads_are_those_of_the_library(copied):
+    """8 in transformers, 12 in Stable Diffusion 1.5; 8 in diffusers, where a ControlNet's base may have others."""
+    path = copied / "text_encoder" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "num_attention_heads"}))
+    assert StableDiffusion.load(copied).text_encoder.config.num_heads == 8
+
+
+def test_the_tokenizer_of_transformers_5(copied):
+    merges = (copied / "tokenizer" / "merges.txt").read_text().splitlines()[1:]
+    (copied / "tokenizer" / "merges.txt").unlink()
+    for pairs in (merges, [line.split() for line in merges]):
+        (copied / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"merges": pairs}}))
+        assert len(StableDiffusion.load(copied).tokenizer.ids) == 600
 
 
 def test_settings_may_be_missing(copied, checkpoint):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from standin import ROOT, SAMPLE, run_main
+from torch import Tensor
 
 from controlnet import ControlNet
 from data import DRAWN_HELD_OUT, DrawnImages
@@ -34,26 +35,62 @@ def untrained(sd):
 
 
 def test_known_answers(sd):
-    pairs = DrawnImages(6, 64, DRAWN_HELD_OUT)
+    pairs = DrawnImages(8, 64, DRAWN_HELD_OUT)
     trained = load_controlnet(SHIPPED, sd.unet)
     assert verdict(listen.listen(sd, trained, pairs)).startswith("it follows its hint: another pair's hint raises")
-    assert verdict(listen.listen(sd, trained, MixedUp(6, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    assert verdict(listen.listen(sd, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    assert verdict(listen.listen(sd, trained, DrawnImages(4, 64))).startswith("4 pairs are too few for a verdict")
     heard = listen.listen(sd, untrained(sd), pairs)
     assert verdict(heard).startswith("it does not hear its hint: its residuals are the same")
-    assert heard.loss["own"].shape == heard.moved.shape == (6, BANDS)
+    assert heard.loss["own"].shape == heard.moved.shape == (8, BANDS)
     assert all(torch.equal(heard.loss["own"], loss) for loss in heard.loss.values())  # equation (3)
     deaf = untrained(sd)
     torch.nn.init.normal_(deaf.middle_zero_conv.weight, std=1e-4)  # hears at most by chance
     torch.nn.init.normal_(deaf.hint_encoder[-1].weight, std=1e-4)
-    assert verdict(listen.listen(sd, deaf, pairs)).startswith("it does not hear its hint yet, as far as 6 pairs")
+    assert verdict(listen.listen(sd, deaf, pairs)).startswith("it does not hear its hint yet, as far as 8 pairs")
+
+
+def test_a_broken_one(sd):
+    trained = load_controlnet(SHIPPED, sd.unet)
+    trained.middle_zero_conv.weight.data *= 1e38
+    assert verdict(listen.listen(sd, trained, DrawnImages(8, 64))).startswith("its predictions are not finite")
+
+
+def test_another_hint_is_another(sd):
+    """Pairs may share a hint, with other captions."""
+
+    class Captions(DrawnImages):
+        def hint(self, index):
+            return super().hint(index // 2)
+
+    pairs = Captions(6, 64)
+    assert torch.equal(listen.another_hint(pairs, 0), pairs.hint(2))
+    assert torch.equal(listen.another_hint(pairs, 5), pairs.hint(0))
+    with pytest.raises(UserError, match="all 2 pairs have the same hint"):
+        listen.listen(sd, untrained(sd), Captions(2, 64))
+
+
+def figures(added: Tensor, moved: float) -> Heard:
+    """Of 8 pairs whose own loss is 1, and with another hint 1 + added."""
+    loss = {name: torch.ones(8, BANDS) for name in listen.HINTS}
+    noise = 0.01 * torch.randn(8, BANDS, generator=torch.Generator().manual_seed(0))
+    loss["other"] = loss["own"] + added + noise
+    return Heard(loss, torch.full((8, BANDS), moved))
 
 
 def test_between_hearing_and_following():
-    loss = {name: torch.ones(8, BANDS) for name in listen.HINTS}
-    loss["other"] = loss["own"] + torch.linspace(0, 0.4, BANDS) + 0.01 * torch.randn(8, BANDS)
-    assert "samples hardly show it: another pair's hint raises the loss by 4" in verdict(
-        Heard(loss, torch.full((8, BANDS), 0.01))
+    rising = torch.linspace(0, 0.4, BANDS)
+    assert "samples hardly show it: another pair's hint raises the loss by 40% ± 0% at t = 875 to 999" in verdict(
+        figures(rising, 0.2)
     )
+    assert verdict(figures(3 * rising, 0.6)).startswith("it follows its hint")
+    assert verdict(figures(-rising, 0.2)).startswith("its own hint makes the predictions worse")
+
+
+def test_a_band_that_is_noise_does_not_count():
+    heard = figures(torch.full((BANDS,), 0.1), 0.1)
+    heard.loss["other"][0, 2] += 30  # one pair alone
+    assert listen.loudest(heard)[2] != "250 to 374" and listen.loudest(heard)[0] == pytest.approx(0.1, abs=0.02)
 
 
 def test_standard_errors():
@@ -75,7 +112,7 @@ def test_command_line(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
     assert printed[3].lstrip().startswith("125 to 249 ") and len(printed) == BANDS + 4
-    assert printed[-1].startswith(f"{SHIPPED}: it ")
+    assert printed[-1] == f"{SHIPPED}: 2 pairs are too few for a verdict: take 8 or more"
     lonely = tmp_path / "lonely"
     shutil.copytree(SAMPLE, lonely)
     (lonely / "prompt.json").write_text((lonely / "prompt.json").read_text().splitlines()[0])
@@ -94,6 +131,8 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
     last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
     checkpoint = load_controlnet(run / "checkpoints" / "step-2", sd.unet).state_dict()
     assert all(torch.equal(last[name], checkpoint[name]) for name in last)
+    (run / "checkpoints" / "step-3").mkdir()  # half written: left out
+    (run / "checkpoints" / "step-3" / "state.safetensors").write_bytes(b"half")
     theirs = tmp_path / "theirs"
     for step in (500, 1000):
         save_controlnet(untrained(sd), theirs / f"checkpoint-{step}" / "controlnet", layout="diffusers")
@@ -104,3 +143,5 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
         assert [line.split(":")[0] for line in printed.splitlines()[1:-1]] == [f"step {step}" for step in steps]
         assert (tmp_path / "curve.png").stat().st_size > 5000
         (tmp_path / "curve.png").unlink()
+    with pytest.raises(UserError, match="pass .*checkpoint-500/controlnet"):
+        run_main(monkeypatch, listen, "--controlnet", theirs / "checkpoint-500", *options)

@@ -1,10 +1,15 @@
 """The command that compares a user's files here and in diffusers, on the small stand-in."""
 
 import pytest
-from standin import run_main
+import torch
+from standin import CONFIGS, run_main
 
+from controlnet import ControlNet
+from stable_diffusion import StableDiffusion
+from support.errors import UserError
 from tools import verify
-from weights import load_controlnet
+from unet import UNet
+from weights import load_controlnet, save_controlnet
 
 ROWS = ["tokens", "text", "VAE, encoded", "VAE, decoded", *[f"residual {i:2}" for i in range(1, 14)], "ε", "sample"]
 
@@ -36,3 +41,34 @@ def test_what_differs_is_named(quick, checkpoint, control_checkpoint, monkeypatc
         )
     assert ended.value.code == 1
     assert "DIFFERENT: residual  5" in capsys.readouterr().out
+
+
+def test_what_is_no_number_differs():
+    ones = {"text": torch.ones(3)}
+    for value in (float("nan"), float("inf")):
+        ((_, _, _, within),) = verify.compare({"text": torch.full((3,), value)}, ones)
+        assert not within
+
+
+def test_a_folder_there(quick, diffusers_base, monkeypatch, capsys):
+    """With its own settings, and without what only diffusers' pipelines want: model_index.json, vocab.json."""
+    run_main(monkeypatch, verify, "--base", diffusers_base, *quick)
+    assert capsys.readouterr().out.endswith("the same, up to rounding\n")
+    load = StableDiffusion.load
+
+    def misread(path):
+        sd = load(path)
+        sd.unet.encoder[1].transformer.cross_attention.num_heads = 2  # as if it were another base
+        return sd
+
+    monkeypatch.setattr(StableDiffusion, "load", misread)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, verify, "--base", diffusers_base, *quick)
+    assert "DIFFERENT: ε, sample" in capsys.readouterr().out
+
+
+def test_what_diffusers_cannot_read(quick, checkpoint, monkeypatch, tmp_path):
+    lite = ControlNet.from_unet(UNet(CONFIGS["small"][0]), copy="lite")
+    save_controlnet(lite, tmp_path / "lite.safetensors")
+    with pytest.raises(UserError, match="no other program can read .*lite.safetensors, a ControlNet-lite"):
+        run_main(monkeypatch, verify, "--base", checkpoint("small"), "--controlnet", tmp_path / "lite.safetensors")

@@ -1,6 +1,5 @@
 """Turn a ControlNet's file into another program's layout: python -m tools.convert IN OUT --layout diffusers."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.options import ArgumentParser
-from support.reading import read_controlnet
-from support.sizes import sizes_of, unet_config
+from support.reading import read_controlnet, refuse_own
+from support.sizes import HIDDEN, own_metadata, sizes_of, unet_config
 from unet import UNet
 from weights import CONTROLNETS, OFFICIAL, load_controlnet, save_controlnet
 
@@ -30,11 +29,9 @@ def main() -> None:
         raise UserError(f"{args.output} is a file, but --layout diffusers writes a folder: choose another OUT")
 
     part, metadata = read_controlnet(args.source, CONTROLNETS)
-    if part.layout.name == "own":
-        raise UserError(f"{args.source} is a ControlNet-lite, which no other program can read, or a checkpoint: pass "
-                        "the run's controlnet.safetensors")  # fmt: skip
+    refuse_own(part)
     with sizes_of(args.source):
-        hidden = {name: int(size) for name, size in json.loads(metadata.get("unet", "{}")).items()}
+        hidden = {name: size for name, size in own_metadata(metadata, "unet").items() if name in HIDDEN}
         unet = UNet(unet_config(part, **hidden))
     dtype = DTYPES[args.dtype]
     controlnet = load_controlnet(args.source, unet).to(dtype)

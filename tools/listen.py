@@ -6,6 +6,7 @@ pair's, an empty one, and without a ControlNet; how far apart the first two pred
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from support.errors import UserError
 from support.files import write_atomically
 from support.hub import locate
 from support.randomness import HELD_OUT, generator_for
+from support.reading import read_controlnet
 from vae import sample_latent
-from weights import load_controlnet
+from weights import CONTROLNETS, load_controlnet
 
 BANDS = 8  # of the time steps, each as wide as the others
 HINTS = ("own", "other", "empty", "none")  # that the loss is measured with
+FEWEST = 8  # pairs for a verdict: of fewer, standard errors say too little
 SURE = 3.0  # standard errors
-FOLLOWS = 0.5  # share that another hint adds to the loss
+FOLLOWS = 1.0  # share that another hint adds to the loss
 MOVED = 0.1  # mean square of own - other, as a share of the loss
 
 
@@ -52,6 +55,16 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), float(error)
 
 
+def another_hint(pairs: Pairs, i: int) -> Tensor:
+    """The next pair's hint, or the first after it that differs from pair i's. Raises UserError if none does."""
+    own = pairs.hint(i)
+    others = (pairs.hint((i + k) % len(pairs)) for k in range(1, len(pairs)))
+    other = next((hint for hint in others if not torch.equal(hint, own)), None)
+    if other is None:
+        raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
+    return other
+
+
 @torch.no_grad()
 def listen(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int = 0) -> Heard:
     """Measure on all pairs, at one time of each band, the same noise and times whatever the ControlNet is."""
@@ -67,7 +80,7 @@ def listen(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int 
         noise, eps = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
         t, z0 = t.to(device), sd.latent_scale * sample_latent(moments.expand(BANDS, -1, -1, -1), noise)
         z, context = schedule.add_noise(z0, eps, t), sd.encode_prompts([pairs.prompts[i]]).expand(BANDS, -1, -1)
-        own, other = (pairs.hint(j % len(pairs))[None].to(device) for j in (i, i + 1))
+        own, other = (hint[None].to(device) for hint in (pairs.hint(i), another_hint(pairs, i)))
         predicted = {}
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             for name, hint in zip(HINTS, (own, other, torch.zeros_like(own), None), strict=True):
@@ -86,28 +99,40 @@ def listen(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int 
 def verdict(heard: Heard) -> str:
     """What the figures say, in a sentence."""
     pairs, loss = len(heard.gap), heard.loss["own"].mean().item()
+    if not math.isfinite(heard.gap.sum()):
+        return "its predictions are not finite: try --precision fp32, or it is broken"
     if not heard.moved.any():
         return "it does not hear its hint: its residuals are the same whatever the hint"
+    if pairs < FEWEST:
+        return f"{pairs} pairs are too few for a verdict: take {FEWEST} or more"
     mean, error = mean_and_error(heard.gap.mean(dim=1))
+    if mean < -SURE * error:
+        return "its own hint makes the predictions worse than another's: is it inverted, or of another kind?"
     if mean < SURE * error:
-        if heard.moved.mean() > MOVED * loss:
+        moved = heard.moved.mean().item()
+        if moved > MOVED * loss and mean + error < moved / 2:  # a right prediction's gap is what its hint moves
             return (f"its hint moves the predictions, but not towards these {pairs} pictures: is this the kind of hint "
                     "that it was trained with?")  # fmt: skip
         return f"it does not hear its hint yet, as far as {pairs} pairs can tell"
-    share, band = loudest(heard)
-    told = f"another pair's hint raises the loss by {share:.0%} at t = {band}"
+    share, error, band = loudest(heard)
+    told = f"another pair's hint raises the loss by {share:.0%} ± {error:.0%} at t = {band}"
     if share < FOLLOWS:
         return f"it hears its hint, but samples hardly show it: {told}"
     return f"it follows its hint: {told}"
 
 
-def loudest(heard: Heard) -> tuple[float, str]:
-    """The largest share that another hint adds to a band's loss, and the band.
+def loudest(heard: Heard) -> tuple[float, float, str]:
+    """The largest share that another hint adds to a band's loss, its standard error, and the band.
 
-    The largest: under little noise the picture needs no hint, and under much of it none can help.
+    The largest: under little noise the picture needs no hint, and under much of it none can help. Bands whose gap is
+    not surely above 0 do not count.
     """
-    shares = heard.gap.mean(dim=0) / heard.loss["own"].mean(dim=0)
-    return shares.max().item(), band_name(int(shares.argmax()))
+    found = (0.0, 0.0, "any")
+    for i in range(BANDS):
+        (gap, error), loss = mean_and_error(heard.gap[:, i]), heard.loss["own"][:, i].mean().item()
+        if gap > max(SURE * error, found[0] * loss):
+            found = gap / loss, error / loss, band_name(i)
+    return found
 
 
 def band_name(i: int) -> str:
@@ -138,6 +163,16 @@ def steps_in_folder(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def readable(path: Path) -> bool:
+    """Whether it is a checkpoint that was written to its end; says so if it is not."""
+    try:
+        read_controlnet(path, CONTROLNETS)
+        return True
+    except UserError as error:
+        print(f"warning: left out, {error}", file=sys.stderr)
+        return False
+
+
 def plot(figures: dict[int, Heard], path: Path) -> None:
     """Sensitivity, and what another hint adds to the loss, over the checkpoints, with two standard errors."""
     from matplotlib.figure import Figure
@@ -150,8 +185,8 @@ def plot(figures: dict[int, Heard], path: Path) -> None:
     upper.errorbar(steps, roots, [error / max(root, 1e-12) for (_, error), root in zip(moved, roots)], fmt="o-", ms=3)
     upper.set_yscale("log" if min(roots) > 0 else "symlog", **({} if min(roots) > 0 else {"linthresh": 1e-6}))
     upper.set_ylabel("hint sensitivity")
-    shares = [loudest(heard)[0] for heard in figures.values()]
-    lower.plot(steps, shares, "o-", ms=3)
+    shares, errors, _ = zip(*(loudest(heard) for heard in figures.values()))
+    lower.errorbar(steps, shares, [2 * error for error in errors], fmt="o-", ms=3)
     lower.axhline(FOLLOWS, color="0.5", linestyle="--", linewidth=0.8)
     lower.set(xlabel="optimizer step", ylabel="share that another hint\nadds to the loss")
     for axis in (upper, lower):
@@ -178,7 +213,12 @@ def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
     found = steps_in_folder(Path(args.controlnet))
-    paths = found or {0: locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")}
+    paths = {step: path for step, path in found.items() if readable(path)}
+    if not found:
+        paths = {0: locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")}
+        read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
+    if not paths:
+        raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
     if args.data in ("drawn", "fill50k"):
@@ -188,7 +228,8 @@ def main() -> None:
     if len(pairs) < 2:
         raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
     warn_if_slow(sd.unet, device)
-    load_decoders(sd, [path for path in paths.values() if path.is_file()])
+    if load_decoders(sd, [path for path in paths.values() if path.is_file()]):
+        print("its decoder was trained too: the column none is the base with that decoder")
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
     figures = {}

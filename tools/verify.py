@@ -4,6 +4,7 @@ Loads a base, and a ControlNet, in float32 on the CPU, first here, then in diffu
 side is in memory at a time; computes the same with both, and prints how far the numbers are apart.
 """
 
+import math
 import sys
 import tempfile
 from argparse import Namespace
@@ -16,20 +17,21 @@ from torch import Tensor
 from clip_text import MAX_LENGTH, Tokenizer
 from data import draw_fill50k
 from sample import generate
-from stable_diffusion import SOURCES, StableDiffusion
+from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options
-from support.diffusers_format import BASE_FILES, CONTROLNET_FILES, controlnet_settings
+from support.diffusers_format import BASE_FILES, CONTROLNET_FILES, controlnet_settings, weights_in
 from support.errors import UserError, run_command_line
 from support.files import save_json
 from support.hub import locate
 from support.pictures import fit_image
-from support.reading import read_controlnet
+from support.reading import read_controlnet, refuse_own
 from support.sizes import hint_channels
-from tools.versus_diffusers import DDIM, write_config
+from tools.versus_diffusers import DDIM, SCHEDULE, write_config
 from weights import CONTROLNETS, load_controlnet
 
 TIMES = (1, 101, 301, 501, 701, 901, 981)
 GUIDANCE_SCALE = 7.5
+STEPS = {name: value for name, value in DDIM.items() if name not in SCHEDULE}
 PROMPTS = [  # no curly quotes: what transformers does with them depends on its version
     "a photograph of an astronaut riding a horse", "", "Coral circle, 42 blue-ish backgrounds!!", "it's  NAÏVE ½ x²",
     "日本語 🎨🖌️ здравствуй", "masterpiece, (best quality:1.2), <lora:x:1> " + "very " * 90 + "long",
@@ -112,22 +114,37 @@ def their_pipeline(base: Path, control: Path | None, config: Path):
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    extra, kind = {"safety_checker": None, "torch_dtype": torch.float32}, diffusers.StableDiffusionPipeline
-    if control:
-        kind = diffusers.StableDiffusionControlNetPipeline
-        extra["controlnet"] = (
-            diffusers.ControlNetModel.from_pretrained(control, torch_dtype=torch.float32)
-            if control.is_dir()
-            else diffusers.ControlNetModel.from_single_file(
-                str(control), config=str(config / "controlnet"), local_files_only=True, torch_dtype=torch.float32
-            )
-        )
-    if base.is_dir():
-        pipeline = kind.from_pretrained(base, local_files_only=True, **extra)
-    else:
-        pipeline = kind.from_single_file(str(base), config=str(config), local_files_only=True, **extra)
-    pipeline.scheduler = diffusers.DDIMScheduler(**DDIM)
-    return pipeline
+    single = {"local_files_only": True, "torch_dtype": torch.float32}
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    kind = diffusers.StableDiffusionControlNetPipeline if control else diffusers.StableDiffusionPipeline
+    if control and control.is_dir():
+        none["controlnet"] = pretrained(diffusers.ControlNetModel, control)
+    elif control:
+        loader = diffusers.ControlNetModel.from_single_file
+        none["controlnet"] = loader(str(control), config=str(config / "controlnet"), **single)
+    if not base.is_dir():
+        pipeline = kind.from_single_file(str(base), config=str(config), **single, safety_checker=None, **{
+            name: part for name, part in none.items() if name == "controlnet"
+        })  # fmt: skip
+        pipeline.scheduler = diffusers.DDIMScheduler(**DDIM)
+        return pipeline
+    words = base / "tokenizer" if (base / "tokenizer" / "vocab.json").is_file() else config / "tokenizer"
+    schedule = base / "scheduler" if (base / "scheduler").is_dir() else config / "scheduler"
+    return kind(
+        unet=pretrained(diffusers.UNet2DConditionModel, base / "unet"),
+        vae=pretrained(diffusers.AutoencoderKL, base / "vae"),
+        text_encoder=pretrained(transformers.CLIPTextModel, base / "text_encoder"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
+        # the folder's own noise, and the steps that both programs can take
+        scheduler=diffusers.DDIMScheduler.from_pretrained(schedule, **STEPS),
+        **none,
+    )
+
+
+def pretrained(kind, folder: Path):
+    """One of their models from its folder, in float32."""
+    variant = "fp16" if ".fp16." in weights_in(folder).name else None
+    return kind.from_pretrained(folder, variant=variant, local_files_only=True, torch_dtype=torch.float32)
 
 
 def compare(ours: Numbers, theirs: Numbers) -> list[Row]:
@@ -138,7 +155,7 @@ def compare(ours: Numbers, theirs: Numbers) -> list[Row]:
             raise UserError(f"{name} is {list(values.shape)} here, {list(theirs[name].shape)} in diffusers")
         difference = ((values - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-12)).item()
         kind = name.partition(" at ")[0]
-        worst[kind] = max(worst.get(kind, 0.0), difference)
+        worst[kind] = max(worst.get(kind, 0.0), difference if math.isfinite(difference) else math.inf)
     return [(name, f"{value:.1e}", f"{limit(name):.0e}", value <= limit(name)) for name, value in worst.items()]
 
 
@@ -154,14 +171,23 @@ def main() -> None:
     base = locate(SOURCES.get(args.base, args.base), BASE_FILES, "pass a local checkpoint with --base FILE")
     control = args.controlnet and locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")
 
-    print("here …")
+    if control:
+        part, _ = read_controlnet(control, CONTROLNETS)
+        refuse_own(part)
+        if control.is_dir() and not (control / "config.json").is_file():
+            raise UserError(f"{control / 'config.json'}: no such file, and diffusers needs it: pass a single file")
+
+    print("here …", flush=True)
     ours, sizes, tokenizer = our_side(args, base, control)
     with tempfile.TemporaryDirectory() as folder:
+        widths = sizes["unet"].model_channels, sizes["vae"].channels, sizes["text"].width
+        if widths == (SD15.unet.model_channels, SD15.vae.channels, SD15.text.width):  # not as we read them
+            sizes = {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text, "latent_scale": SD15.latent_scale}
         write_config(Path(folder), sizes, tokenizer)
         if control:
-            channels = hint_channels(read_controlnet(control, CONTROLNETS)[0])
-            save_json(controlnet_settings(sizes["unet"], channels), Path(folder) / "controlnet" / "config.json")
-        print("in diffusers …")
+            settings = controlnet_settings(sizes["unet"], hint_channels(part))
+            save_json(settings, Path(folder) / "controlnet" / "config.json")
+        print("in diffusers …", flush=True)
         theirs = their_side(args, base, control, Path(folder))
     rows = compare(ours, theirs)
     print_table(rows)
