@@ -236,7 +236,7 @@ def check_settings(path: Path, theirs: dict, ours: dict) -> None:
             continue
         wanted = ours.get(name)
         if plain(value) != plain(wanted) and not (wanted is None and value is False):
-            known = f"this program takes {wanted!r} alone" if name in ours else "which this program does not know"
+            known = f"this program takes {wanted!r} alone" if name in ours else "which this program lacks"
             raise UserError(f"{path}: {name} is {value!r}, {known}: pass another model")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from support.errors import UserError
 
 ONLY = "only Stable Diffusion 1.x and its descendants fit"
-MODIFIES = "which only modifies a base model: pass a full checkpoint"
+MODIFIES = "it only modifies a base model, so pass a full checkpoint"
 # Fragments of names, the kind of file, what to do. The first that is found counts, so special kinds come first: many
 # have a ControlNet's or a base's names too.
 KINDS = [

@@ -83,7 +83,7 @@ SPOILED = [  # a file, settings that replace its own, what the line must say
         {"_class_name": "UNet3DConditionModel"},
         "UNet3DConditionModel, not UNet2DConditionModel",
     ),
-    ("unet/config.json", {"some_new_option": 3}, "some_new_option is 3, which this program does not know"),
+    ("unet/config.json", {"some_new_option": 3}, "some_new_option is 3, which this program lacks"),
     ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1"),
     ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0: correct it"),
     ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None: correct it"),
