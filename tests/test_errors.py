@@ -73,7 +73,7 @@ def place(tmp_path_factory):
     (folder / "run" / "log.jsonl").write_text("")
     (folder / "a_file").write_text("")
 
-    tiny = read_tensors(TINY_FILE)[0]
+    tiny, metadata = read_tensors(TINY_FILE)
     (folder / "cut.safetensors").write_bytes(TINY_FILE.read_bytes()[:100_000])
     for name in ("objects.ckpt", "objects.pth"):
         torch.save({"state_dict": {"weight": torch.ones(1)}, "callbacks": HostilePickle(TRAP)}, folder / name)
@@ -88,12 +88,13 @@ def place(tmp_path_factory):
     save_file({"up_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, folder / "diffusers.safetensors")
     (folder / "alone").mkdir()
     save_file(tiny, folder / "alone" / "tiny.safetensors")
+    save_file(tiny, folder / "no_sizes.safetensors")
     (folder / "merges").mkdir()
     shutil.copy(TINY_FILE, folder / "merges" / "tiny.safetensors")
     (folder / "merges" / "merges.txt").write_text("#version: 0.2\na b\n")
     part = dict(tiny)
     part.pop("first_stage_model.encoder.conv_in.bias")
-    save_file(part, folder / "part.safetensors")
+    save_file(part, folder / "part.safetensors", metadata)
     shutil.copy(TINY_FILE.parent / "merges.txt", folder)
 
     torch.manual_seed(0)
@@ -142,6 +143,7 @@ MISTAKES = [
     ("train", "--base {}/sd2.safetensors", ["sd2.safetensors", "2.x", "only Stable Diffusion 1.x"]),
     ("train", "--base {}/diffusers.safetensors", ["diffusers.safetensors", "diffusers' layout", "pass the folder"]),
     ("train", "--base {}/control.safetensors", ["control.safetensors", "a ControlNet, not a base", "pass it as"]),
+    ("train", "--base {}/no_sizes.safetensors", ["no_sizes.safetensors", "make no 12 heads", "pass another model"]),
     ("train", "--base {}/part.safetensors", ["encoder.conv_in.bias", "missing"]),
     ("train", "--base {}/merges/tiny.safetensors", ["merges.txt", "tokens", "put the merges.txt"]),
     ("train", "--data {}/nowhere", ["nowhere/prompt.json", "no such file", "metadata.jsonl"]),

@@ -142,15 +142,16 @@ def band_name(i: int) -> str:
 
 def table(heard: Heard) -> list[str]:
     """A line for each band, and one for their mean: losses, the gap, the sensitivity, with their standard errors."""
-    lines = [f"{'t':>12} {'own':>8} {'other':>8} {'empty':>8} {'none':>8}  {'gap':>18}  {'sensitivity':>18}"]
+    names = [*(f"loss, {hint}" for hint in HINTS), "gap", "sensitivity"]
+    lines = [f"{'t':>10} {' '.join(f'{name:>16}' for name in names)}"]
     for i in [*range(BANDS), None]:
         rows = [values if i is None else values[:, [i]] for values in (*heard.loss.values(), heard.gap, heard.moved)]
-        *losses, gap, moved = (mean_and_error(values.mean(dim=1)) for values in rows)
-        root = math.sqrt(moved[0])
-        sensitivity = root, moved[1] / (2 * root) if root else 0.0  # the error of a mean's root
-        words = [f"{mean:.4f}" for mean, _ in losses], [f"{m:.1e} ± {e:.0e}" for m, e in (gap, sensitivity)]
-        name = "all" if i is None else band_name(i)
-        lines.append(f"{name:>12} {' '.join(f'{w:>8}' for w in words[0])}  {'  '.join(f'{w:>18}' for w in words[1])}")
+        *figures, (square, error) = (mean_and_error(values.mean(dim=1)) for values in rows)
+        root = math.sqrt(square)
+        figures.append((root, error / (2 * root) if root else 0.0))  # the error of a mean's root
+        forms = ("{:.4f} ± {:.4f}",) * len(HINTS) + ("{:.1e} ± {:.0e}",) * 2
+        words = " ".join(f"{form.format(*figure):>16}" for form, figure in zip(forms, figures, strict=True))
+        lines.append(f"{'all' if i is None else band_name(i):>10} {words}")
     return lines
 
 
