@@ -23,6 +23,10 @@ def sd():
     return StableDiffusion.load("tiny").requires_grad_(False)
 
 
+def hear(sd, controlnet, pairs):
+    return listen.listen(sd, controlnet, listen.noise_pairs(sd, pairs))
+
+
 class MixedUp(DrawnImages):
     """Hints that do not belong to the pictures."""
 
@@ -37,23 +41,23 @@ def untrained(sd):
 def test_known_answers(sd):
     pairs = DrawnImages(8, 64, DRAWN_HELD_OUT)
     trained = load_controlnet(SHIPPED, sd.unet)
-    assert verdict(listen.listen(sd, trained, pairs)).startswith("it follows its hint: another pair's hint raises")
-    assert verdict(listen.listen(sd, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
-    assert verdict(listen.listen(sd, trained, DrawnImages(4, 64))).startswith("4 pairs are too few for a verdict")
-    heard = listen.listen(sd, untrained(sd), pairs)
+    assert verdict(hear(sd, trained, pairs)).startswith("it follows its hint: another pair's hint raises")
+    assert verdict(hear(sd, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    assert verdict(hear(sd, trained, DrawnImages(4, 64))).startswith("4 pairs are too few for a verdict")
+    heard = hear(sd, untrained(sd), pairs)
     assert verdict(heard).startswith("it does not hear its hint: its residuals are the same")
     assert heard.loss["own"].shape == heard.moved.shape == (8, BANDS)
     assert all(torch.equal(heard.loss["own"], loss) for loss in heard.loss.values())  # equation (3)
     deaf = untrained(sd)
     torch.nn.init.normal_(deaf.middle_zero_conv.weight, std=1e-4)  # hears at most by chance
     torch.nn.init.normal_(deaf.hint_encoder[-1].weight, std=1e-4)
-    assert verdict(listen.listen(sd, deaf, pairs)).startswith("it does not hear its hint yet, as far as 8 pairs")
+    assert verdict(hear(sd, deaf, pairs)).startswith("it does not hear its hint yet, as far as 8 pairs")
 
 
 def test_a_broken_one(sd):
     trained = load_controlnet(SHIPPED, sd.unet)
     trained.middle_zero_conv.weight.data *= 1e38
-    assert verdict(listen.listen(sd, trained, DrawnImages(8, 64))).startswith("its predictions are not finite")
+    assert verdict(hear(sd, trained, DrawnImages(8, 64))).startswith("its predictions are not finite")
 
 
 def test_another_hint_is_another(sd):
@@ -67,7 +71,7 @@ def test_another_hint_is_another(sd):
     assert torch.equal(listen.another_hint(pairs, 0), pairs.hint(2))
     assert torch.equal(listen.another_hint(pairs, 5), pairs.hint(0))
     with pytest.raises(UserError, match="all 2 pairs have the same hint"):
-        listen.listen(sd, untrained(sd), Captions(2, 64))
+        hear(sd, untrained(sd), Captions(2, 64))
 
 
 def figures(added: Tensor, moved: float) -> Heard:
@@ -103,7 +107,7 @@ def test_standard_errors():
 def test_noise_is_the_same_for_every_controlnet(sd):
     """So that checkpoints can be compared, and the base's loss is that of every ControlNet."""
     pairs = DrawnImages(2, 64, DRAWN_HELD_OUT)
-    a, b = (listen.listen(sd, net, pairs) for net in (untrained(sd), load_controlnet(SHIPPED, sd.unet)))
+    a, b = (hear(sd, net, pairs) for net in (untrained(sd), load_controlnet(SHIPPED, sd.unet)))
     assert torch.equal(a.loss["none"], b.loss["none"]) and not torch.equal(a.loss["own"], b.loss["own"])
 
 

@@ -65,32 +65,57 @@ def another_hint(pairs: Pairs, i: int) -> Tensor:
     return other
 
 
+@dataclass(frozen=True)
+class Noised:
+    """A pair, noised once in each band, and what does not depend on the ControlNet. Tensors of [bands, ...]."""
+
+    z: Tensor
+    eps: Tensor
+    t: Tensor
+    context: Tensor
+    hints: dict[str, Tensor]  # own, other, empty [1, 3, H, W]
+    base: Tensor  # the prediction without a ControlNet
+
+
 @torch.no_grad()
-def listen(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int = 0) -> Heard:
-    """Measure on all pairs, at one time of each band, the same noise and times whatever the ControlNet is."""
-    device, schedule = sd.device, NoiseSchedule(device=sd.device)
-    precision = sd.unet.encoder[0].conv.weight.dtype
-    rows: dict[str, list[Tensor]] = {name: [] for name in (*HINTS, "moved")}
+def noise_pairs(sd: StableDiffusion, pairs: Pairs, seed: int = 0) -> list[Noised]:
+    """Each pair at one time of each band. Raises UserError as another_hint does."""
+    schedule, noised = NoiseSchedule(device=sd.device), []
+    width = schedule.steps // BANDS
     for i in range(len(pairs)):
         generator = generator_for(seed, HELD_OUT, i)
-        width = schedule.steps // BANDS
-        t = torch.arange(BANDS) * width + torch.randint(width, (BANDS,), generator=generator)
-        moments = sd.vae.encode(pairs.image(i)[None].to(device))
+        t = (torch.arange(BANDS) * width + torch.randint(width, (BANDS,), generator=generator)).to(sd.device)
+        moments = sd.vae.encode(pairs.image(i)[None].to(sd.device))
         shape = (BANDS, moments.shape[1] // 2, *moments.shape[2:])
-        noise, eps = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-        t, z0 = t.to(device), sd.latent_scale * sample_latent(moments.expand(BANDS, -1, -1, -1), noise)
-        z, context = schedule.add_noise(z0, eps, t), sd.encode_prompts([pairs.prompts[i]]).expand(BANDS, -1, -1)
-        own, other = (hint[None].to(device) for hint in (pairs.hint(i), another_hint(pairs, i)))
+        noise, eps = (torch.randn(shape, generator=generator).to(sd.device) for _ in range(2))
+        z = schedule.add_noise(sd.latent_scale * sample_latent(moments.expand(BANDS, -1, -1, -1), noise), eps, t)
+        context = sd.encode_prompts([pairs.prompts[i]]).expand(BANDS, -1, -1)
+        own, other = pairs.hint(i)[None], another_hint(pairs, i)[None]
+        hints = {"own": own, "other": other, "empty": torch.zeros_like(own)}
+        with half_precision(sd):
+            base = sd.unet(z, t, context).cpu().double()
+        noised.append(Noised(z, eps, t, context, hints, base))
+    return noised
+
+
+def half_precision(sd: StableDiffusion):
+    precision = sd.unet.encoder[0].conv.weight.dtype
+    return torch.autocast(sd.device.type, precision, enabled=precision != torch.float32)
+
+
+@torch.no_grad()
+def listen(sd: StableDiffusion, controlnet: ControlNet, noised: list[Noised]) -> Heard:
+    """Measure on all pairs."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*HINTS, "moved")}
+    for pair in noised:
         predicted = {}
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            for name, hint in zip(HINTS, (own, other, torch.zeros_like(own), None), strict=True):
-                residuals = None
-                if hint is not None:
-                    condition = controlnet.hint_encoder(hint).expand(BANDS, -1, -1, -1)
-                    residuals = controlnet.residuals(z, condition, t, context)
-                predicted[name] = sd.unet(z, t, context, residuals).cpu().double()
-        for name, prediction in predicted.items():
-            rows[name].append((prediction - eps.cpu()).square().mean(dim=(1, 2, 3)))
+        with half_precision(sd):
+            for name, hint in pair.hints.items():
+                condition = controlnet.hint_encoder(hint.to(sd.device)).expand(BANDS, -1, -1, -1)
+                residuals = controlnet.residuals(pair.z, condition, pair.t, pair.context)
+                predicted[name] = sd.unet(pair.z, pair.t, pair.context, residuals).cpu().double()
+        for name, prediction in (predicted | {"none": pair.base}).items():
+            rows[name].append((prediction - pair.eps.cpu()).square().mean(dim=(1, 2, 3)))
         rows["moved"].append((predicted["own"] - predicted["other"]).square().mean(dim=(1, 2, 3)))
     *losses, moved = (torch.stack(row) for row in rows.values())
     return Heard(dict(zip(HINTS, losses, strict=True)), moved)
@@ -233,11 +258,12 @@ def main() -> None:
         print("its decoder was trained too: the column none is the base with that decoder")
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
-    figures = {}
+    place_for_sampling(sd, [], device, precision)
+    noised, figures = noise_pairs(sd, pairs, args.seed), {}
     for step, path in paths.items():
         controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
         place_for_sampling(sd, [controlnet], device, precision)
-        heard = figures[step] = listen(sd, controlnet, pairs, args.seed)
+        heard = figures[step] = listen(sd, controlnet, noised)
         if found:
             sensitivity, (gap, error) = heard.moved.mean().sqrt().item(), mean_and_error(heard.gap.mean(dim=1))
             print(f"step {step}: sensitivity {sensitivity:.1e}, gap {gap:.1e} ± {error:.0e}; {verdict(heard)}")
