@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from support.diffusers_format import BASE_FILES
 from support.hub import locate
-from support.reading import read_base
+from support.reading import read_base, read_part_of_base
 from support.sizes import read_tokenizer, sizes_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
@@ -87,7 +87,7 @@ class StableDiffusion(nn.Module):
             sd = cls(tokenizer, **sizes)
         # Map the file again for each network, so that memory is freed as soon as the network has been converted.
         for network in (sd.unet, sd.vae, sd.text_encoder):
-            load(network, read_base(path, BASE, DIFFUSERS)[0][type(network)])
+            load(network, read_part_of_base(path, type(network), BASE, DIFFUSERS))
         return sd.eval()
 
     @property

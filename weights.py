@@ -19,7 +19,7 @@ from support.errors import UserError
 from support.files import save_tensors
 from support.formats import Layout, Part, nest
 from support.reading import read_controlnet
-from support.sizes import hint_channels, own_metadata, refuse_other_sizes, sizes_of
+from support.sizes import hint_channels, refuse_other_sizes, sizes_of
 from unet import UNet
 from vae import AutoencoderKL
 
@@ -105,8 +105,10 @@ OFFICIAL: dict[type[nn.Module], Layout] = {
 DIFFUSERS = diffusers_layouts(TRANSFORMER, CLIP)
 BASE = {network: [OFFICIAL[network]] for network in (UNet, AutoencoderKL, CLIPTextModel)}  # layouts in a single file
 SHORT = TEXT.removesuffix("text_model.")  # in old merges, and as some trainers write it
-not_used = (SHORT + "embeddings.position_ids", SHORT + "text_projection.")
-BASE[CLIPTextModel] += [Layout("official", "base model", CLIP, SHORT, not_used, SHORT + "final_layer_norm.weight")]
+BASE[CLIPTextModel] += [replace(
+    OFFICIAL[CLIPTextModel], prefix=SHORT, mark=SHORT + "final_layer_norm.weight",
+    others=(SHORT + "embeddings.position_ids", SHORT + "text_projection."),
+)]  # fmt: skip
 # Those of a ControlNet: without a prefix, where networks beside it are told by theirs; our own names, in checkpoints
 # and for the lite ablation, which no other program knows.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
@@ -166,10 +168,10 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
 
     Raises UserError as read_controlnet and load_official do, and for one that was copied from a UNet of other sizes.
     """
-    part, metadata = read_controlnet(Path(path), CONTROLNETS)
+    part, hidden, _ = read_controlnet(Path(path), CONTROLNETS)
     lite = part.layout is OWN and "time_embed.0.weight" not in part.tensors
     with sizes_of(path):
-        refuse_other_sizes(path, own_metadata(metadata, "unet"), unet.config)
+        refuse_other_sizes(path, hidden, unet.config)
         controlnet = ControlNet.from_unet(UNet(unet.config), hint_channels(part), copy="lite" if lite else "full")
     load(controlnet, part)
     return controlnet

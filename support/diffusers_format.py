@@ -21,13 +21,9 @@ from vae import AutoencoderKL, VAEConfig
 FILE = "diffusion_pytorch_model.safetensors"
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # the last two are the text encoder's
 ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the order in which diffusers looks
-NETWORKS = {  # -> its folder in a base's, its class there
-    UNet: ("unet", "UNet2DConditionModel"),
-    AutoencoderKL: ("vae", "AutoencoderKL"),
-    CLIPTextModel: ("text_encoder", None),
-}
-UNETS = ("UNet2DConditionModel", "ControlNetModel")
-CONTROLNET_CLASS, HINT = "ControlNetModel", "controlnet_cond_embedding."
+FOLDERS = {UNet: "unet", AutoencoderKL: "vae", CLIPTextModel: "text_encoder"}  # in a base's
+CLASSES = {UNet: "UNet2DConditionModel", AutoencoderKL: "AutoencoderKL", ControlNet: "ControlNetModel"}
+HINT = "controlnet_cond_embedding."
 ORDER = "controlnet_conditioning_channel_order"
 # What is fetched of a repository.
 CONTROLNET_FILES = ["config.json", FILE]
@@ -148,9 +144,9 @@ ALWAYS = {  # what Stable Diffusion 1.5 has, and folders may or may not say
     ORDER: "rgb", "mid_block_add_attention": True, "use_quant_conv": True,
     "use_post_quant_conv": True,
 }  # fmt: skip
-SCHEDULE = {
-    "num_train_timesteps": NoiseSchedule().steps, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "trained_betas": None, "prediction_type": "epsilon",
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # NoiseSchedule's
+SCHEDULE = BETAS | {
+    "num_train_timesteps": NoiseSchedule().steps, "trained_betas": None, "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }  # fmt: skip
 SCHEDULE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # diffusers' own
@@ -178,7 +174,7 @@ def encoder_settings(config: UNetConfig) -> dict:
 def unet_settings(config: UNetConfig) -> dict:
     levels = reversed(range(len(config.channel_mult)))
     return encoder_settings(config) | {
-        "_class_name": NETWORKS[UNet][1],
+        "_class_name": CLASSES[UNet],
         "out_channels": config.out_channels,
         "up_block_types": ["CrossAttnUpBlock2D" if i in config.attention_levels else "UpBlock2D" for i in levels],
     }
@@ -186,14 +182,14 @@ def unet_settings(config: UNetConfig) -> dict:
 
 def controlnet_settings(config: UNetConfig, hint_channels: tuple[int, ...]) -> dict:
     return encoder_settings(config) | {
-        "_class_name": CONTROLNET_CLASS,
+        "_class_name": CLASSES[ControlNet],
         "conditioning_embedding_out_channels": list(hint_channels),
     }
 
 
 def vae_settings(config: VAEConfig, scale: float | None) -> dict:
     return {
-        "_class_name": NETWORKS[AutoencoderKL][1],
+        "_class_name": CLASSES[AutoencoderKL],
         "act_fn": "silu",
         "block_out_channels": [config.channels * mult for mult in config.channel_mult],
         "down_block_types": ["DownEncoderBlock2D"] * len(config.channel_mult),
@@ -276,19 +272,19 @@ def weights_in(folder: Path) -> Path:
     raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
 
 
-def read_network(file: Path, layouts: tuple[Layout, ...], kind: str | None) -> tuple[Part, Path, dict]:
+def read_network(file: Path, network: type[nn.Module], layouts: tuple[Layout, ...]) -> tuple[Part, Path, dict]:
     """A network's tensors under our names, its config.json, and the settings in it, empty if there is none."""
-    config = file.with_name("config.json")
+    config, kind = file.with_name("config.json"), CLASSES.get(network)
     settings = read_json(config) if config.is_file() else {}
     if (found := settings.get("_class_name") or kind) != kind:
         raise UserError(f"{file.parent} holds {found}, not {kind}: pass another folder")
     tensors, _ = read_tensors(file)
-    if kind in UNETS and settings.get("num_attention_heads"):  # a second name, which comes first
+    if network in (UNet, ControlNet) and settings.get("num_attention_heads"):  # a second name, which comes first
         settings["attention_head_dim"] = settings["num_attention_heads"]
     if settings.get(ORDER) == "bgr" and f"{HINT}conv_in.weight" in tensors:  # turn the weights, not each hint
         tensors[f"{HINT}conv_in.weight"] = tensors[f"{HINT}conv_in.weight"].flip(1)
         settings[ORDER] = "rgb"
-    if kind == NETWORKS[AutoencoderKL][1]:  # 1x1 convolutions here and officially, linear layers there
+    if network is AutoencoderKL:  # 1x1 convolutions here and officially, linear layers there
         flat = [name for name, tensor in tensors.items() if ".attentions." in name and tensor.ndim == 2]
         tensors |= {name: tensors[name][..., None, None] for name in flat}
     return read_part(layouts, tensors, file), config, settings
@@ -297,7 +293,7 @@ def read_network(file: Path, layouts: tuple[Layout, ...], kind: str | None) -> t
 def is_controlnet_file(path: Path) -> bool:
     """Whether it is the weight file of a ControlNet's folder, so that the settings beside it are its own."""
     config = path.with_name("config.json")
-    return path.is_file() and config.is_file() and read_json(config).get("_class_name") == CONTROLNET_CLASS
+    return path.is_file() and config.is_file() and read_json(config).get("_class_name") == CLASSES[ControlNet]
 
 
 def read_controlnet_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Part, dict[str, int]]:
@@ -305,7 +301,7 @@ def read_controlnet_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Par
 
     Raises UserError where settings or names don't fit.
     """
-    part, config, settings = read_network(weights_in(path) if path.is_dir() else path, layouts, CONTROLNET_CLASS)
+    part, config, settings = read_network(weights_in(path) if path.is_dir() else path, ControlNet, layouts)
     hidden = unet_sizes(config, settings) if settings else {}
     with sizes_of(path):
         ours = controlnet_settings(unet_config(part, **hidden), hint_channels(part))
@@ -315,21 +311,20 @@ def read_controlnet_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Par
 
 def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layout, ...]]) -> tuple[dict, dict]:
     """The networks of a base -> their tensors, and the arguments of StableDiffusion. Raises UserError."""
-    missing = next((name for name, _ in NETWORKS.values() if not (folder / name).is_dir()), None)
+    missing = next((name for name in FOLDERS.values() if not (folder / name).is_dir()), None)
     if missing:
         raise UserError(f"{folder} has no {missing}/ in it, as a base's folder in diffusers' layout does: pass such a "
                         "folder, or a single file")  # fmt: skip
     check_schedule(folder / "scheduler" / "scheduler_config.json")
     found = {
-        network: read_network(weights_in(folder / name), layouts[network], kind)
-        for network, (name, kind) in NETWORKS.items()
+        network: read_network(weights_in(folder / name), network, layouts[network]) for network, name in FOLDERS.items()
     }
-    (_, unet_config, unet), (_, vae_config, vae), (_, text_config, text) = found.values()
+    (_, unet_file, unet), (_, vae_file, vae), (_, text_file, text) = found.values()
     default = CLIPTextConfig().num_heads if not text else 8  # transformers', for a missing one
     hidden = {
-        "unet": unet_sizes(unet_config, unet),
-        "vae": {"norm_groups": hidden_size(vae_config, vae, "norm_num_groups", VAEConfig().norm_groups)},
-        "text": {"num_heads": hidden_size(text_config, text, "num_attention_heads", default)},
+        "unet": unet_sizes(unet_file, unet),
+        "vae": {"norm_groups": hidden_size(vae_file, vae, "norm_num_groups", VAEConfig().norm_groups)},
+        "text": {"num_heads": hidden_size(text_file, text, "num_attention_heads", default)},
     }
     parts = {network: part for network, (part, _, _) in found.items()}
     with sizes_of(folder):
@@ -337,11 +332,11 @@ def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layou
     if "scaling_factor" in vae:
         sizes["latent_scale"] = vae["scaling_factor"]
         if not is_scale(vae["scaling_factor"]):
-            raise UserError(f"{vae_config}: scaling_factor is {vae['scaling_factor']!r}: correct it")
+            raise UserError(f"{vae_file}: scaling_factor is {vae['scaling_factor']!r}: correct it")
     check_sizes(folder, sizes)
-    check_settings(unet_config, unet, unet_settings(sizes["unet"]))
-    check_settings(vae_config, vae, vae_settings(sizes["vae"], sizes.get("latent_scale")))
-    check_settings(text_config, text, text_settings(sizes["text"]))
+    check_settings(unet_file, unet, unet_settings(sizes["unet"]))
+    check_settings(vae_file, vae, vae_settings(sizes["vae"], sizes.get("latent_scale")))
+    check_settings(text_file, text, text_settings(sizes["text"]))
     return parts, sizes
 
 
@@ -355,7 +350,6 @@ def check_schedule(path: Path) -> None:
 
 
 def save_controlnet_folder(controlnet: ControlNet, layout: Layout, folder: Path) -> None:
-    hint_convs = [layer for layer in controlnet.hint_encoder if isinstance(layer, nn.Conv2d)]
-    channels = tuple(conv.out_channels for conv in hint_convs[:-1:2])
-    save_tensors({layout.theirs(name): tensor for name, tensor in controlnet.state_dict().items()}, folder / FILE)
-    save_json(controlnet_settings(controlnet.config, channels), folder / "config.json")
+    part = Part(controlnet.state_dict(), layout, str(folder), advice="")
+    save_tensors({layout.theirs(name): tensor for name, tensor in part.tensors.items()}, folder / FILE)
+    save_json(controlnet_settings(controlnet.config, hint_channels(part)), folder / "config.json")

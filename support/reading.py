@@ -1,18 +1,24 @@
 """Files and folders of weights, in whatever layout, to one network's tensors under our names."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from support.checkpoints import is_checkpoint, read_trained
-from support.diffusers_format import is_controlnet_file, read_base_folder, read_controlnet_folder
+from support.diffusers_format import (
+    FOLDERS,
+    is_controlnet_file,
+    read_base_folder,
+    read_controlnet_folder,
+    read_network,
+    weights_in,
+)
 from support.errors import UserError
 from support.files import read_tensors
 from support.formats import Layout, Part, read_part
 from support.kinds import refuse_differences, warn_of_pooling
-from support.sizes import read_sizes
+from support.sizes import HIDDEN, own_metadata, read_sizes
 
 Layouts = Mapping[type[nn.Module], Sequence[Layout]]
 
@@ -30,19 +36,26 @@ def read_base(path: Path, in_file: Layouts, in_folder: Layouts) -> tuple[dict[ty
     return parts, read_sizes(path, metadata, parts.values())
 
 
-def read_controlnet(path: Path, layouts: Sequence[Layout]) -> tuple[Part, dict[str, str]]:
-    """The tensors of a ControlNet, and its file's metadata, in which "unet" has the sizes that no shape shows.
+def read_part_of_base(path: Path, network: type[nn.Module], in_file: Layouts, in_folder: Layouts) -> Part:
+    """One of the networks that read_base reads, from a mapping of its own, so that no other keeps its memory."""
+    if path.is_dir():
+        return read_network(weights_in(path / FOLDERS[network]), network, in_folder[network])[0]
+    return read_part(in_file[network], read_tensors(path)[0], path)
+
+
+def read_controlnet(path: Path, layouts: Sequence[Layout]) -> tuple[Part, dict[str, int], dict[str, str]]:
+    """The tensors of a ControlNet, the sizes of its base that no shape shows, and its file's metadata.
 
     `path` is a single file, a folder of diffusers or a file in one, or a checkpoint of train.py. Raises UserError as
     read_tensors does, for settings that are not those of a ControlNet for Stable Diffusion 1.x, and for differences.
     """
     warn_of_pooling(path)
     if (path.is_dir() and not is_checkpoint(path)) or is_controlnet_file(path):
-        part, hidden = read_controlnet_folder(path, layouts)
-        return part, {"unet": json.dumps(hidden)}
+        return *read_controlnet_folder(path, layouts), {}
     tensors, metadata = read_trained(path) if is_checkpoint(path) else read_tensors(path)
     refuse_differences(path, tensors)
-    return read_part(layouts, tensors, path), metadata
+    hidden = {name: size for name, size in own_metadata(metadata, "unet").items() if name in HIDDEN}
+    return read_part(layouts, tensors, path), hidden, metadata
 
 
 def refuse_own(part: Part) -> None:

@@ -137,9 +137,9 @@ def check_sizes(source: str | Path, sizes: dict) -> None:
 
 def refuse_other_sizes(source: str | Path, hidden: Mapping[str, int], config: UNetConfig) -> None:
     """Raise UserError for a ControlNet whose `hidden` sizes differ from those of the base's UNet."""
-    for name in HIDDEN:
-        if hidden.get(name, getattr(config, name)) != getattr(config, name):
-            raise UserError(f"{source}: was copied from a base with {name} {hidden[name]}, this one has "
+    for name, size in hidden.items():
+        if getattr(config, name) != size:
+            raise UserError(f"{source}: was copied from a base with {name} {size}, this one has "
                             f"{getattr(config, name)}: pass the base that it was trained with")  # fmt: skip
 
 

@@ -5,9 +5,10 @@ import pytest
 from standin import CONFIGS, make_up_merges, stand_in
 
 from stable_diffusion import StableDiffusion
-from support.diffusers_format import text_settings, unet_settings, vae_settings
+from support.diffusers_format import BETAS
 from support.files import save_tensors
 from support.sizes import config_metadata
+from tools.versus_diffusers import base_models
 from weights import DIFFUSERS
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
@@ -73,27 +74,20 @@ def control_checkpoint(scratch):
 def diffusers_base(checkpoint, scratch):
     """The small stand-in as a folder, loaded into diffusers' and transformers' classes and saved by them."""
     import diffusers
-    import transformers
 
     sd = StableDiffusion.load(checkpoint("small"))
     unet, vae, text = CONFIGS["small"]
-    theirs = {
-        "unet": diffusers.UNet2DConditionModel.from_config(unet_settings(unet)),
-        "vae": diffusers.AutoencoderKL.from_config(vae_settings(vae, sd.latent_scale)),
-        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(text))),
-    }
     folder = scratch / "diffusers"
-    for (name, model), ours in zip(theirs.items(), (sd.unet, sd.vae, sd.text_encoder), strict=True):
+    for name, model, ours in zip(
+        ("unet", "vae", "text_encoder"), base_models(unet, vae, text, sd.latent_scale),
+        (sd.unet, sd.vae, sd.text_encoder), strict=True,
+    ):  # fmt: skip
         layouts, tensors = DIFFUSERS[type(ours)], model.state_dict()
         layout = next(layout for layout in layouts if layout.mark in tensors)
         state = {layout.theirs(name): tensor for name, tensor in ours.state_dict().items()}
-        used = {key: tensor.reshape(tensors[key].shape) for key, tensor in state.items()}  # 1x1 convolutions there
-        assert used.keys() == tensors.keys() - {f"{layout.prefix}embeddings.position_ids"}
-        model.load_state_dict(used, strict=False)
+        model.load_state_dict({key: tensor.reshape(tensors[key].shape) for key, tensor in state.items()})  # all of them
         model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
     make_up_merges(folder / "tokenizer" / "merges.txt", text.vocab_size)
-    diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
+    diffusers.DDIMScheduler(**BETAS).save_pretrained(folder / "scheduler")
     return folder

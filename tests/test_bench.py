@@ -44,7 +44,7 @@ def test_both_sides_do_the_same_work(tmp_path, monkeypatch):
     loss = F.mse_loss(Denoiser(sd.unet, controlnet)(z_t, t, context, hints), eps)
     loss.backward()
 
-    noisy = DDPMScheduler(**versus_diffusers.SCHEDULE).add_noise(z0, eps, t)
+    noisy = DDPMScheduler(**versus_diffusers.BETAS).add_noise(z0, eps, t)
     down, middle = theirs(noisy, t, context, controlnet_cond=hints, return_dict=False)
     predicted = unet(
         noisy, t, context, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False

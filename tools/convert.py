@@ -9,7 +9,7 @@ from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.options import ArgumentParser
 from support.reading import read_controlnet, refuse_own
-from support.sizes import HIDDEN, own_metadata, sizes_of, unet_config
+from support.sizes import sizes_of, unet_config
 from unet import UNet
 from weights import CONTROLNETS, OFFICIAL, load_controlnet, save_controlnet
 
@@ -28,10 +28,9 @@ def main() -> None:
     if args.layout == "diffusers" and args.output.is_file():
         raise UserError(f"{args.output} is a file, but --layout diffusers writes a folder: choose another OUT")
 
-    part, metadata = read_controlnet(args.source, CONTROLNETS)
+    part, hidden, metadata = read_controlnet(args.source, CONTROLNETS)
     refuse_own(part)
     with sizes_of(args.source):
-        hidden = {name: size for name, size in own_metadata(metadata, "unet").items() if name in HIDDEN}
         unet = UNet(unet_config(part, **hidden))
     dtype = DTYPES[args.dtype]
     controlnet = load_controlnet(args.source, unet).to(dtype)

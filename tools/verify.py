@@ -26,12 +26,11 @@ from support.hub import locate
 from support.pictures import fit_image
 from support.reading import read_controlnet, refuse_own
 from support.sizes import hint_channels
-from tools.versus_diffusers import DDIM, SCHEDULE, write_config
+from tools.versus_diffusers import DDIM, STEPS, write_config
 from weights import CONTROLNETS, load_controlnet
 
 TIMES = (1, 101, 301, 501, 701, 901, 981)
 GUIDANCE_SCALE = 7.5
-STEPS = {name: value for name, value in DDIM.items() if name not in SCHEDULE}
 PROMPTS = [  # no curly quotes: what transformers does with them depends on its version
     "a photograph of an astronaut riding a horse", "", "Coral circle, 42 blue-ish backgrounds!!", "it's  NAÏVE ½ x²",
     "日本語 🎨🖌️ здравствуй", "masterpiece, (best quality:1.2), <lora:x:1> " + "very " * 90 + "long",
@@ -52,8 +51,8 @@ def inputs(size: int) -> dict[str, Tensor]:
     """What both sides are given: a drawn pair, and a latent of noise."""
     hint, target, _ = draw_fill50k(0, size)
     hint, image = (fit_image(picture, size)[None] for picture in (hint, target))
-    noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0))  # the numbers that
-    # `generate` draws for seed 0
+    # The numbers that `generate` draws for seed 0.
+    noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
     return {"hint": hint, "image": image * 2 - 1, "z": noise}
 
 
@@ -112,20 +111,17 @@ def their_pipeline(base: Path, control: Path | None, config: Path):
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
     single = {"local_files_only": True, "torch_dtype": torch.float32}
-    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    kind = diffusers.StableDiffusionControlNetPipeline if control else diffusers.StableDiffusionPipeline
-    if control and control.is_dir():
-        none["controlnet"] = pretrained(diffusers.ControlNetModel, control)
-    elif control:
-        loader = diffusers.ControlNetModel.from_single_file
-        none["controlnet"] = loader(str(control), config=str(config / "controlnet"), **single)
+    kind, parts = diffusers.StableDiffusionPipeline, {"safety_checker": None}
+    if control:
+        kind = diffusers.StableDiffusionControlNetPipeline
+        parts["controlnet"] = (
+            pretrained(diffusers.ControlNetModel, control)
+            if control.is_dir()
+            else diffusers.ControlNetModel.from_single_file(str(control), config=str(config / "controlnet"), **single)
+        )
     if not base.is_dir():
-        pipeline = kind.from_single_file(str(base), config=str(config), **single, safety_checker=None, **{
-            name: part for name, part in none.items() if name == "controlnet"
-        })  # fmt: skip
+        pipeline = kind.from_single_file(str(base), config=str(config), **single, **parts)
         pipeline.scheduler = diffusers.DDIMScheduler(**DDIM)
         return pipeline
     words = base / "tokenizer" if (base / "tokenizer" / "vocab.json").is_file() else config / "tokenizer"
@@ -137,7 +133,9 @@ def their_pipeline(base: Path, control: Path | None, config: Path):
         tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
         # the folder's own noise, and the steps that both programs can take
         scheduler=diffusers.DDIMScheduler.from_pretrained(schedule, **STEPS),
-        **none,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
     )
 
 
@@ -172,7 +170,7 @@ def main() -> None:
     control = args.controlnet and locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")
 
     if control:
-        part, _ = read_controlnet(control, CONTROLNETS)
+        part, *_ = read_controlnet(control, CONTROLNETS)
         refuse_own(part)
         if control.is_dir() and not (control / "config.json").is_file():
             raise UserError(f"{control / 'config.json'}: no such file, and diffusers needs it: pass a single file")
@@ -199,10 +197,9 @@ def main() -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """One row for all that is measured at each t: the largest difference."""
     print(f"{'largest difference, relative':<30} {'here and there':>20} {'limit':>8}")
-    for name, difference, limit, within in rows:
-        print(f"{name:<30} {difference:>20} {limit:>8}{'' if within else '  <- too far apart'}")
+    for name, difference, most, within in rows:
+        print(f"{name:<30} {difference:>20} {most:>8}{'' if within else '  <- too far apart'}")
 
 
 if __name__ == "__main__":

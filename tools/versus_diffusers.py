@@ -12,14 +12,14 @@ from torch import Tensor
 
 from clip_text import CLIPTextConfig, Tokenizer
 from stable_diffusion import Preset
-from support.diffusers_format import text_settings, unet_settings, vae_settings
+from support.diffusers_format import BETAS, text_settings, unet_settings, vae_settings
 from unet import UNetConfig
 from vae import VAEConfig
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 4, 9.0  # on both sides
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-DDIM = SCHEDULE | {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+STEPS = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+DDIM = BETAS | STEPS
 
 
 def first_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +65,7 @@ def training(args: Namespace, device: torch.device, timer) -> None:
         controlnet.enable_gradient_checkpointing()
     if args.compile:
         unet, controlnet = torch.compile(unet), torch.compile(controlnet)
-    scheduler = DDPMScheduler(**SCHEDULE)
+    scheduler = DDPMScheduler(**BETAS)
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=args.preset.learning_rate)
     size = (args.batch_size, 3, args.resolution, args.resolution)
     images, hints = (torch.rand(size, device=device, dtype=dtype) for _ in range(2))
