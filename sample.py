@@ -11,6 +11,7 @@ from controlnet import ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
+from support.detect import add_options, detector
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.diffusers_format import CONTROLNET_FILES
 from support.errors import UserError, run_command_line, warn_if_cut
@@ -103,6 +104,7 @@ def parse_arguments():
     add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file")
     add("--controlnet", action="append", default=[], help="a file, a folder, owner/repo:file or owner/repo; repeatable")
     add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
+    add_options(parser, several=True)  # --detect, --canny-low, --canny-high
     add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
     add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")
     add("--negative-prompt", default="", help="what to stay away from")
@@ -120,10 +122,8 @@ def parse_arguments():
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
         raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")
-    if len(args.strength) not in (0, 1, len(args.controlnet)):
-        raise UserError(f"{len(args.strength)} --strength, {len(args.controlnet)} --controlnet: give one, or one each")
-    if len(args.strength) < 2:
-        args.strength = (args.strength or [1.0]) * len(args.controlnet)
+    args.strength = options.one_each("--strength", args.strength, 1.0, len(args.controlnet))
+    args.detect = options.one_each("--detect", args.detect, "none", len(args.controlnet))
     if args.control_start > args.control_end:
         raise UserError(f"--control-start {args.control_start} is after --control-end {args.control_end}: swap them")
     return args
@@ -132,6 +132,7 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
+    detectors = [detector(kind, args.canny_low, args.canny_high) for kind in args.detect]
     pictures = [open_image(path) for path in args.hint]
     paths = [locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE") for source in args.controlnet]
     sd = StableDiffusion.load(args.base)
@@ -142,7 +143,8 @@ def main() -> None:
     args.precision = sampling_precision(args.precision, device)
     place_for_sampling(sd, controlnets, device, args.precision)
     args = options.with_defaults(args, sd.preset)
-    hints = [fit_image(picture, args.resolution, square=False) for picture in pictures]
+    pictures = [fit_image(picture, args.resolution, square=False) for picture in pictures]
+    hints = [detect(picture) for detect, picture in zip(detectors, pictures, strict=True)]
     sizes = {tuple(hint.shape[1:]) for hint in hints}
     if len(sizes) > 1:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")

@@ -33,6 +33,13 @@ def with_defaults(args: argparse.Namespace, preset) -> argparse.Namespace:
     return argparse.Namespace(preset=preset, **{name: getattr(preset, name, None) for name in vars(args)} | given)
 
 
+def one_each(name: str, values: list, default, controlnets: int) -> list:
+    """The values of a repeatable option `name`, one for each of `controlnets`: a single one serves for all of them."""
+    if len(values) not in (0, 1, controlnets):
+        raise UserError(f"{len(values)} {name}, {controlnets} --controlnet: give one, or one each")
+    return values if len(values) > 1 else (values or [default]) * controlnets
+
+
 # Types of command-line options.
 
 
