@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from support.colours import COLOURS
+from support.errors import run_command_line
 from support.files import fingerprint
 from support.hub import fetch_folder
 from support.listing import open_pair, read_listing
@@ -144,3 +145,9 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
         print(f"{source} has only {len(pairs)} pairs: none is held out, the previews show training pairs")
         return pairs, pairs.select(slice(held_out))
     return pairs.select(slice(-spared)), pairs.select(slice(-spared, None))
+
+
+if __name__ == "__main__":
+    from tools.pictures_to_pairs import main  # makes a folder of pairs from your own pictures
+
+    run_command_line(main)

@@ -27,6 +27,15 @@ def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[st
     if listing is None:
         raise UserError(f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a "
                         "metadata.jsonl")  # fmt: skip
+    places, hints, targets, prompts = map(list, zip(*read_entries(listing, *LAYOUTS[listing.name])))
+    return places, hints, targets, prompts
+
+
+def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
+    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text.
+
+    Raises UserError that shows the broken entries.
+    """
     entries, broken = [], []
     with reading(listing, "listing"):
         lines = listing.read_bytes().split(b"\n")
@@ -34,18 +43,17 @@ def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[st
         if line.strip():
             place = f"{listing} line {number}"
             try:
-                entries.append((place, *read_entry(line, root, *LAYOUTS[listing.name])))
+                entries.append((place, *read_entry(line, listing.parent, *names)))
             except UserError as error:
                 broken.append(f"{place}: {error}")
     refuse_broken(broken, len(entries) + len(broken), listing)
     if not entries:
-        raise UserError(f"{listing} has no pairs: add one line a pair")
-    places, hints, targets, prompts = map(list, zip(*entries))
-    return places, hints, targets, prompts
+        raise UserError(f"{listing} has no entries: add one line each")
+    return entries
 
 
-def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple[Path, Path, str]:
-    """One line of a listing -> (hint, target, prompt). Raises UserError."""
+def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple:
+    """One line of a listing -> (path, …, text). Raises UserError."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
         entry = json.loads(line.decode("utf-8-sig"))
@@ -67,15 +75,15 @@ def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple[Path, 
             raise UserError(f"{name!r} lies outside the folder; move the picture into it")
         if not there:
             raise UserError(f"{root / name}: no such file; correct the path")
-    return root / pictures[0], root / pictures[1], prompt
+    return *(root / name for name in pictures), prompt
 
 
-def refuse_broken(broken: list[str], count: int, listing: str | Path) -> None:
-    """Raise UserError if any of `count` entries is broken."""
+def refuse_broken(broken: list[str], count: int, listing: str | Path, what: str = "entries are broken") -> None:
+    """Raise UserError if any of `count` entries is broken, or `what` else is wrong with it."""
     if len(broken) == 1:
         raise UserError(broken[0])
     if broken:
-        raise UserError(f"{listing}: {len(broken)} of {count} entries are broken; correct or remove them",
+        raise UserError(f"{listing}: {len(broken)} of {count} {what}; correct or remove them",
                         details=broken[:BROKEN_SHOWN])  # fmt: skip
 
 
@@ -104,5 +112,9 @@ def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, 
             for i, (hint, target, prompt) in enumerate(scenes):
                 hint.save(temporary / f"source/{i}.png")
                 target.save(temporary / f"target/{i}.png")
-                entry = {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
-                listing.write(json.dumps(entry) + "\n")
+                listing.write(listing_line(f"{i}.png", prompt))
+
+
+def listing_line(name: str, prompt: str) -> str:
+    """The line of fill50k's prompt.json for the pair source/`name`, target/`name`."""
+    return json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": prompt}) + "\n"

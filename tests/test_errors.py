@@ -35,6 +35,7 @@ TRAP = ROOT / "tests" / "trap"  # made if a pickle is opened
 SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
 CONTROL = "--controlnet {}/control.safetensors"
 LONG = "a" * 300
+PAIRS = "tools.pictures_to_pairs"  # data.py's command line
 GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
 
 
@@ -127,7 +128,7 @@ MISTAKES = [
     ("train", "--resume-from-checkpoint latest", ["has no checkpoint", "leave --resume-from-checkpoint out"]),
     ("train", "--resume-from-checkpoint {}/nothing", ["nothing is no checkpoint", "state.safetensors"]),
     ("train", "--output-dir {}/run", ["run holds a run already", "--resume-from-checkpoint latest"]),
-    ("train", "--data {}/empty", ["has no pairs", "add"]),
+    ("train", "--data {}/empty", ["has no entries", "add"]),
     ("train", "--output-dir {}/a_file/out --resolution 64", ["a_file/out", "choose another --output-dir"]),
     ("train", "--output-dir {}/a_file/out --report-to tensorboard", ["a_file/out", "choose another --output-dir"]),
     ("train", "--base {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
@@ -178,6 +179,18 @@ MISTAKES = [
     ("sample", "--control-end 1.5", ["--control-end 1.5", "0 to 1"]),
     ("sample", "--precision int8", ["--precision", "'int8'", "bf16"]),
     ("sample", "--steps 1000", ["--steps 1000", "1 to 999"]),
+    ("sample", "--detect hed", ["--detect", "'hed'", "canny"]),
+    ("sample", "--canny-low -1", ["--canny-low -1", "0 or more"]),
+    (
+        "sample",
+        "--controlnet x --hint {}/a.png --detect canny --canny-low 201",
+        ["--canny-low 201", "above --canny-high 200", "swap"],
+    ),
+    (
+        "sample",
+        "--controlnet x --hint {}/a.png --detect canny --detect none",
+        ["2 --detect, 1 --controlnet", "give one, or one each"],
+    ),
     ("sample", "--resolution 63", ["--resolution 63", "multiple of 64"]),
     ("sample", "--control-mode strong", ["--control-mode", "'strong'", "guess"]),
     ("sample", "--controlnet x --hint {}/nowhere.png", ["nowhere.png", "no such file"]),
@@ -197,6 +210,12 @@ MISTAKES = [
     ("tools.convert", "{}/lite.safetensors {}/out --layout diffusers", ["lite.safetensors", "ControlNet-lite"]),
     ("tools.convert", f"{TINY_FILE} {{}}/out --layout diffusers", ["a base model, not a ControlNet"]),
     ("tools.convert", "{}/lora.safetensors {}/out --layout diffusers", ["lora.safetensors", "LoRA"]),
+    (PAIRS, "--from-pictures {}/hf --output {}/out", ["--detect canny or scribble", "its own target"]),
+    (PAIRS, "--from-pictures {}/nowhere --detect canny --output {}/out", ["nowhere", "no such folder"]),
+    (PAIRS, "--from-pictures {}/run --detect canny --output {}/out", ["run has no pictures", "PNG"]),
+    (PAIRS, "--from-pictures {}/hf --detect canny --output {}/hf/out", ["hf/out lies in", "outside"]),
+    (PAIRS, "--from-pictures {}/hf --detect canny --output {}/json", ["json holds files already", "another --output"]),
+    (PAIRS, "--from-pictures {}/hf --detect canny --output {}/a_file/out", ["a_file/out", "choose another"]),
     ("tools.draw_pairs", "--count 0 --output {}/out", ["--count 0", "above 0"]),
     ("tools.draw_pairs", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
     ("tools.draw_pairs", "--output {}/json", ["json holds files already", "another --output"]),
