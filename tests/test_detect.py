@@ -1,0 +1,88 @@
+"""Hints made from photographs."""
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from standin import ROOT, SAMPLE, run_main
+
+import sample
+from support.detect import detector
+from support.errors import UserError
+from support.pictures import fit_image, open_image, read_strip
+
+TARGET = SAMPLE / "target" / "0.png"  # a disc: its edge is the ring of source/0.png
+CONTROL = ["--controlnet", ROOT / "models" / "fill50k" / "controlnet.safetensors"]
+SHORT = ["--steps", "1", "--resolution", "64"]
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """Blurred noise, [3, 192, 256] in [0, 1]: edges of all strengths and directions."""
+    noise = np.random.default_rng(0).normal(size=(192, 256, 3))
+    smooth = cv2.GaussianBlur(noise, (0, 0), 4)
+    pixels = np.uint8(np.clip(128 + 60 * smooth / smooth.std(), 0, 255))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def test_canny_is_that_of_the_authors_demo(photograph):
+    pixels = np.uint8((photograph * 255).round().permute(1, 2, 0))
+    for chosen, thresholds in (((), (100, 200)), ((30, 60), (30, 60))):
+        hint = detector("canny", *chosen)(photograph)
+        expected = torch.from_numpy(cv2.Canny(pixels, *thresholds)).float() / 255
+        assert hint.shape == photograph.shape and hint.dtype == torch.float32
+        assert torch.equal(hint, expected.expand(3, -1, -1))
+        assert 0.005 < hint.mean() < 0.2
+    assert detector("none")(photograph) is photograph
+
+
+def test_a_scribble_is_strokes_along_the_main_edges(photograph):
+    """An edge becomes a stroke of 12 pixels, the width of the authors' fake scribbles; noise and specks become none."""
+    picture = torch.full((3, 256, 256), 0.2)
+    picture[:, :, 128:] = 0.8
+    picture[:, 40:52, 40:52] = 0.8  # its outline is shorter than 50 pixels
+    picture += 0.05 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    hint = detector("scribble")(picture.clamp(0, 1))
+    assert hint.shape == picture.shape and set(hint.unique().tolist()) == {0, 1}
+    widths, columns = hint[0].sum(1), hint[0].any(0).nonzero().flatten()
+    assert (widths[8:-8] >= 10).all() and (widths <= 14).all()
+    assert columns.min() >= 118 and columns.max() <= 138
+    busy = detector("scribble")(photograph)
+    assert set(busy.unique().tolist()) == {0, 1} and 0 < busy.mean() < 0.6
+
+
+def test_without_opencv(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match="--detect canny needs OpenCV: pip install opencv-python-headless, or pass"):
+        detector("canny")
+    detector("none")
+
+
+def test_sampling_from_a_photograph(tmp_path, monkeypatch):
+    """The hint beside the samples is the detected one, and the settings in the file make the picture again."""
+    output = ["--prompt", "coral circle with blue background", "--output", tmp_path / "out.png"]
+    thresholds = ["--canny-low", "50", "--canny-high", "90"]
+    run_main(monkeypatch, sample, *CONTROL, "--hint", TARGET, "--detect", "canny", *thresholds, *SHORT, *output)
+    hint, made = read_strip(tmp_path / "out.png", 2)
+    expected = detector("canny", 50, 90)(fit_image(open_image(TARGET), 64))
+    assert torch.equal(hint, expected * 2 - 1)
+    assert 0.01 < expected.mean() < 0.1  # a ring
+    settings = json.loads(Image.open(tmp_path / "out-0.png").text["settings"])
+    assert (settings["detect"], settings["canny_low"], settings["canny_high"]) == (["canny"], 50, 90)
+    run_main(monkeypatch, sample, *CONTROL, "--hint", TARGET, *SHORT, *output)
+    hint, undetected = read_strip(tmp_path / "out.png", 2)
+    assert torch.equal(hint, fit_image(open_image(TARGET), 64) * 2 - 1)
+    assert not torch.equal(made, undetected)
+
+
+def test_each_hint_has_its_detector(tmp_path, monkeypatch):
+    ready = SAMPLE / "source" / "1.png"
+    options = [*CONTROL, "--hint", TARGET, "--detect", "canny", *CONTROL, "--hint", ready, "--detect", "none"]
+    run_main(monkeypatch, sample, *options, *SHORT, "--output", tmp_path / "out.png")
+    first, second, _ = read_strip(tmp_path / "out.png", 3)
+    assert torch.equal(first, detector("canny")(fit_image(open_image(TARGET), 64)) * 2 - 1)
+    assert (second - (fit_image(open_image(ready), 64) * 2 - 1)).abs().max() < 0.01

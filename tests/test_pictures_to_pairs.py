@@ -1,0 +1,152 @@
+"""python data.py --from-pictures: a folder of pairs from somebody's own pictures."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from standin import ROOT, SAMPLE, run_main
+
+from data import PairedImages
+from support.detect import detector
+from support.errors import UserError
+from support.pictures import MARGIN, fit_image, open_image
+from tools import pictures_to_pairs
+
+CAPTIONS = {"a.png": "a disc, coral", "b.jpg": "another disc", "more/a.png": "a third: é"}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures, one in a folder of its own, and what a folder of pictures holds beside them; no captions yet."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(CAPTIONS):
+        Image.open(SAMPLE / "target" / f"{i}.png").resize((160, 128)).save(folder / name)
+    (folder / "._a.png").write_text("of a Mac")
+    (folder / "clip.MP4").write_text("a film")
+    return folder
+
+
+def write_texts(folder, captions=CAPTIONS):
+    for name, caption in captions.items():
+        (folder / name).with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+
+
+def write_listing(folder, captions=CAPTIONS):
+    lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def make(monkeypatch, folder, output, *options):
+    options = ["--detect", "canny", "--resolution", "64", *options]
+    run_main(monkeypatch, pictures_to_pairs, "--from-pictures", folder, "--output", output, *options)
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if path.parent != folder}
+
+
+@pytest.mark.parametrize("caption", [write_texts, write_listing])
+def test_train_reads_the_pairs(caption, pictures, tmp_path):
+    """Through the shell: hints by the detector, targets as cut for it, either form of captions, a sheet to look at."""
+    caption(pictures)
+    line = [sys.executable, "data.py", "--from-pictures", pictures, "--detect", "canny", "--canny-low", "20"]
+    line += ["--resolution", "64", "--output", tmp_path / "pairs"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out: 1 files" in done.stdout and "(.MP4)" in done.stdout and "3 pairs" in done.stdout
+    pairs = PairedImages(tmp_path / "pairs", 64)
+    assert pairs.prompts == list(CAPTIONS.values())
+    for i, name in enumerate(CAPTIONS):
+        picture = fit_image(open_image(pictures / name), 64)
+        assert (pairs.image(i) - (picture * 2 - 1)).abs().max() < 1e-5
+        assert torch.equal(pairs.hint(i), detector("canny", 20)(picture)) and pairs.hint(i).any()
+    sheet = Image.open(tmp_path / "pairs" / "contact-sheet.png")
+    assert sheet.size == (MARGIN + 3 * 64, 2 * 64 + 64)
+    target = np.asarray(sheet.crop((MARGIN + 64, 64, MARGIN + 128, 128)))  # second column, second row
+    assert (torch.from_numpy(target / 127.5 - 1).permute(2, 0, 1) - pairs.image(1)).abs().max() < 1e-5
+
+
+def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path, monkeypatch):
+    write_texts(pictures, {"b.jpg": "another disc"})
+    with pytest.raises(UserError, match="2 of 3 pictures have no caption") as error:
+        make(monkeypatch, pictures, tmp_path / "pairs")
+    first, second = error.value.details
+    assert "a.png has no caption: write it into a.txt beside it, or" in first and "more/a.png" in second
+    (pictures / "a.txt").write_bytes(b"caf\xe9")
+    write_listing(pictures, {"more/a.png": "both forms may be mixed"})
+    with pytest.raises(UserError, match="a.txt is damaged or no caption .*save it again as UTF-8"):
+        make(monkeypatch, pictures, tmp_path / "pairs")
+    for i in range(30):
+        shutil.copy(pictures / "a.png", pictures / f"c{i}.png")
+    with pytest.raises(UserError, match="31 of 33 pictures have no caption") as error:
+        make(monkeypatch, pictures, tmp_path / "pairs")
+    assert len(error.value.details) == 20
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_broken_pictures_are_listed_and_the_others_made(pictures, tmp_path, monkeypatch):
+    write_texts(pictures)
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="pictures/a.png is damaged or no picture"):
+        make(monkeypatch, pictures, tmp_path / "pairs")
+    made = times(tmp_path / "pairs")
+    assert len(made) == 4 and not (tmp_path / "pairs" / "prompt.json").exists()
+    (pictures / "a.png").write_bytes(whole)
+    make(monkeypatch, pictures, tmp_path / "pairs")
+    assert len(PairedImages(tmp_path / "pairs", 64)) == 3
+    assert times(tmp_path / "pairs").items() >= made.items()  # those are not made again
+
+
+def test_going_on_after_an_interruption(pictures, tmp_path, monkeypatch, capsys):
+    write_texts(pictures)
+    save, saved = pictures_to_pairs.save_picture, []
+
+    def stopped(picture, path, *settings):
+        if len(saved) == 3:  # between the second pair's target and its hint
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(picture, path, *settings)
+
+    monkeypatch.setattr(pictures_to_pairs, "save_picture", stopped)
+    output = tmp_path / "pairs"
+    with pytest.raises(KeyboardInterrupt):
+        make(monkeypatch, pictures, output)
+    monkeypatch.setattr(pictures_to_pairs, "save_picture", save)
+    first = {path: time for path, time in times(output).items() if path.name == "a.png.png"}
+    assert len(first) == 2 and not (output / "prompt.json").exists()
+    (output / "target" / ".partial-killed").write_text("by a power cut")
+    make(monkeypatch, pictures, output)
+    assert "3 pairs, 1 of them made before" in capsys.readouterr().out
+    assert times(output).items() >= first.items() and not list(output.rglob(".partial-*"))
+
+    made = times(output)  # later: one picture and another's caption have changed
+    Image.new("RGB", (64, 64), "red").save(pictures / "b.jpg")
+    (pictures / "a.txt").write_text("a better caption")
+    make(monkeypatch, pictures, output)
+    changed = {path.name for path, time in times(output).items() if made[path] != time}
+    assert changed == {"b.jpg.png"}
+    assert PairedImages(output, 64).prompts[0] == "a better caption"
+
+
+def test_what_is_in_the_folder_stays(pictures, tmp_path, monkeypatch):
+    write_texts(pictures)
+    make(monkeypatch, pictures, tmp_path / "pairs")
+    before = {path: path.read_bytes() for path in (tmp_path / "pairs").rglob("*.*")}
+    with pytest.raises(UserError, match="pairs was made with --detect canny, not scribble: choose another --output"):
+        make(monkeypatch, pictures, tmp_path / "pairs", "--detect", "scribble")
+    shutil.copytree(pictures, tmp_path / "others")
+    with pytest.raises(UserError, match="--from-pictures .*pictures, not .*others: choose another"):
+        make(monkeypatch, tmp_path / "others", tmp_path / "pairs")
+    assert {path: path.read_bytes() for path in (tmp_path / "pairs").rglob("*.*")} == before
+    shutil.copytree(SAMPLE, tmp_path / "own")
+    with pytest.raises(UserError, match="own holds files already"):
+        make(monkeypatch, pictures, tmp_path / "own")
+    assert (tmp_path / "own" / "prompt.json").read_bytes() == (SAMPLE / "prompt.json").read_bytes()
+    assert not (tmp_path / "own" / "pictures.json").exists()
