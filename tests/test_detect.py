@@ -41,7 +41,7 @@ def test_canny_is_that_of_the_authors_demo(photograph):
 
 
 def test_a_scribble_is_strokes_along_the_main_edges(photograph):
-    """An edge becomes a stroke of 12 pixels, the width of the authors' fake scribbles; noise and specks become none."""
+    """An edge becomes a stroke of 11 pixels, the width of the authors' fake scribbles; noise and specks become none."""
     picture = torch.full((3, 256, 256), 0.2)
     picture[:, :, 128:] = 0.8
     picture[:, 40:52, 40:52] = 0.8  # its outline is shorter than 50 pixels

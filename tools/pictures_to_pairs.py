@@ -38,14 +38,13 @@ def read_captions(folder: Path) -> dict[Path, str]:
         raise UserError(f"{folder} has no pictures: pass a folder of {', '.join(FORMATS)}")
     listed = read_entries(listing, *LAYOUTS[listing.name][1:]) if listing.is_file() else []
     captions, broken = {path: text for _, path, text in listed}, []
-    for picture in pictures:
+    for picture in [picture for picture in pictures if picture not in captions]:
         text = picture.with_suffix(".txt")
         try:
-            if picture not in captions and not text.exists():
+            if not text.exists():
                 raise UserError(f"{picture} has no caption: write it into {text.name} beside it, or {listing}")
-            if picture not in captions:
-                with reading(text, "caption", "save it again as UTF-8"):
-                    captions[picture] = " ".join(text.read_text(encoding="utf-8-sig").split())
+            with reading(text, "caption", "save it again as UTF-8"):
+                captions[picture] = " ".join(text.read_text(encoding="utf-8-sig").split())
         except UserError as error:
             broken.append(str(error))
     refuse_broken(broken, len(pictures), folder, "pictures have no caption")
