@@ -54,8 +54,8 @@ def scribble(pixels: np.ndarray) -> np.ndarray:
 
     The picture is blurred, so that fine texture goes; Canny thins the edges that are left to lines of one pixel; lines
     shorter than SHORTEST_STROKE go; the others are widened to strokes of 11 pixels. The authors' fake scribbles end in
-    the same way, with the same blur and threshold, and so have strokes of that width. But their lines come from the
-    network HED, which knows an object's outline from a shadow's. These come from contrast alone: they are not theirs.
+    the same way, with the same blur and threshold, and so have strokes of that width. But their lines come from HED, a
+    network that has learned which edges people draw. These come from contrast alone: they are not theirs.
     """
     import cv2
 
