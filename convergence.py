@@ -27,6 +27,7 @@ from vae import sample_latent
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
+FOLLOWED = 0.7  # IoU from which on a sample counts as following its hint
 GROWTH, JUMP, EARLY, LEAD = 10, 0.5, 0.1, 1.6  # see growth_step, jump_step, forecast
 
 
@@ -96,11 +97,12 @@ class HeldOut:
         ).cpu()  # fmt: skip
 
     def scores(self, images: Tensor) -> dict[str, float]:
-        """Mean IoU and colour error, if the task is circles."""
+        """Mean IoU, the share of hints that are followed, and colour error, if the task is circles."""
         if not self.scored:
             return {}
-        errors = colour_error(images, self.hints, self.prompts)
-        return {"iou": circle_iou(images, self.hints).mean().item(), "colour_error": errors.mean().item()}
+        iou, errors = circle_iou(images, self.hints), colour_error(images, self.hints, self.prompts)
+        followed = (iou >= FOLLOWED).double()
+        return {"iou": iou.mean().item(), "followed": followed.mean().item(), "colour_error": errors.mean().item()}
 
     def preview(self, controlnet: ControlNet, step: int) -> dict[str, float]:
         """Write previews/step-N.png; returns the scores, the base's beside them."""
@@ -165,7 +167,8 @@ def news(history: list[dict]) -> list[str]:
         if jump_step(history) == entry["step"]:
             lines.append("the jump: another pair's hint costs half of the held-out loss, samples follow their hints")
     if "iou" in entry:
-        lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f})")
+        lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
+                     f"{entry['followed']:.0%} of hints followed")  # fmt: skip
     return [f"step {entry['step']}: {line}" for line in lines]
 
 

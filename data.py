@@ -33,6 +33,12 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"no such shape: {shape}")
 
 
+def draw_outline(distance: np.ndarray) -> Image.Image:
+    """A hint: white where the signed distance [size, size] from a shape is near 0, a line 1 % of the side wide."""
+    outline = abs(distance) <= max(0.005 * len(distance), 0.5)
+    return Image.fromarray(np.repeat(np.uint8(outline)[..., None] * 255, 3, axis=2))
+
+
 def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)) -> Scene:
     """One random scene of `size` x `size` pixels, in the ranges measured on 48 pictures of the real fill50k.
 
@@ -50,11 +56,10 @@ def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("
 
     y, x = np.mgrid[:size, :size] + 0.5
     distance = signed_distance(shape, x - centre_x, y - centre_y, radius)
-    outline = abs(distance) <= max(0.005 * size, 0.5)
-    hint = np.repeat(np.uint8(outline)[..., None] * 255, 3, axis=2)
+    hint = draw_outline(distance)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape: a smooth edge
     target = np.uint8(np.round(background + coverage * (colour - background)))
-    return Image.fromarray(hint), Image.fromarray(target), f"{name} {shape} with {background_name} background"
+    return hint, Image.fromarray(target), f"{name} {shape} with {background_name} background"
 
 
 def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> Scene:

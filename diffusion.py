@@ -27,6 +27,10 @@ class NoiseSchedule:
         # z_t = sqrt(ᾱ_t) z_0 + sqrt(1 - ᾱ_t) ε
         return self.image_scale[t].to(z0.dtype) * z0 + self.noise_scale[t].to(z0.dtype) * eps
 
+    def predict_z0(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The z_0 that add_noise would turn into z with the noise eps; all as there."""
+        return (z - self.noise_scale[t] * eps) / self.image_scale[t]
+
 
 def guided_noise(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Sec. 3.4), all [B, 4, h, w]. Scale 1 means no guidance, 0 ignores the prompt."""

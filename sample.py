@@ -1,5 +1,6 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def generate(
     negative_prompt: str = "", steps: int = 20, guidance_scale: float = 9.0, strengths: list[float] | None = None,
     weighting: str = "uniform", both_sides: bool = True, control_start: float = 0.0, control_end: float = 1.0,
     eta: float = 0.0, seed: int = 0, size: tuple[int, int] | None = None, progress: bool = False,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
@@ -39,7 +41,8 @@ def generate(
     several ControlNets are added (Fig. 6), each times its strength and control_weights(weighting). With `both_sides`
     both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4),
     and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
-    `control_end`. What is in half precision is computed in half precision.
+    `control_end`. What is in half precision is computed in half precision. `watch` is shown the images as predicted at
+    each step.
     """
     device, strengths = sd.device, strengths or [1.0] * len(controlnets)
     height, width = hints[0].shape[2:] if hints else size
@@ -57,7 +60,11 @@ def generate(
         hints = [[part.to(device) for part in hint.split(AT_ONCE)] for hint in hints]
         conditions = [torch.cat([*map(net.hint_encoder, parts)]) for net, parts in zip(controlnets, hints, strict=True)]
     seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
-    steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
+    schedule, steps_done, bar = (
+        NoiseSchedule(device=device),
+        count(),
+        tqdm(total=steps, desc="sampling", disable=not progress),
+    )
 
     def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
         """The weighted residuals of all ControlNets for some of the images, 0 for a side that does not see the hint."""
@@ -80,9 +87,11 @@ def generate(
                 eps = sd.unet(*inputs, control(*inputs, images) if controlled else None).float()
             predicted.append(guided_noise(*eps.chunk(2), guidance_scale) if guided else eps)
         bar.update()
+        if watch:
+            watch(sd.decode_latents(schedule.predict_z0(z, torch.cat(predicted), t)))
         return torch.cat(predicted)
 
-    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE))
+    z0 = ddim(eps_fn, z_T, schedule, steps, eta, generator_for(seed, DDIM_NOISE))
     bar.close()
     return torch.cat([sd.decode_latents(latent) for latent in z0.split(1)])  # one by one: this needs the most memory
 

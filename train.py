@@ -53,6 +53,8 @@ def parse_arguments() -> Namespace:
     add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="keep the newest so many (default: 2)")
     add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
     add("--validation-steps", type=options.count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
+    add("--snapshot-steps", type=options.count_or_zero, decides=False,
+        help=f"between snapshots for draw.py; 0: none {both('snapshot_steps')}")  # fmt: skip
     add("--validation-hints", type=whole, default=8, help="held-out hints that are sampled and scored (default: 8)")
     add("--num-workers", type=options.count_or_zero, default=0 if os.cpu_count() <= 4 else 4, decides=False,
         help="processes that load pictures")  # fmt: skip
@@ -111,6 +113,8 @@ def train(
     model, schedule, batches = run.distribute(denoiser), NoiseSchedule(device=run.device), run.batches(cached)
     learning, empty_prompt = denoiser.trainable_parameters(), cached.empty_context.to(run.device)
     batches_per_step = args.gradient_accumulation_steps
+    if run.due(run.start, args.snapshot_steps):
+        export(args, run, denoiser, snapshot=True)
 
     for step in run.steps():
         loss, names = torch.zeros((), device=run.device), []
@@ -142,30 +146,35 @@ def train(
             entry |= held_out.response(denoiser)
         if run.due(step, args.validation_steps):
             entry |= held_out.preview(denoiser.controlnet, step)
+        if run.due(step, args.snapshot_steps):
+            export(args, run, denoiser, snapshot=True)
         run.log(entry)
         run.say(*news(run.history))
         if run.due_to_save(step):
             run.save()
             export(args, run, denoiser)
+            plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
 
 
-def export(args: Namespace, run: Run, denoiser: Denoiser) -> None:
-    """Write controlnet.safetensors, for sample.py and other programs, with a decoder that was trained; plot the log."""
-    config, path = json.dumps(run.config), run.folder / "controlnet.safetensors"
+def export(args: Namespace, run: Run, denoiser: Denoiser, snapshot: bool = False) -> None:
+    """Write the ControlNet for other programs, with a decoder that was trained; a snapshot, for draw.py, in half."""
+    config = json.dumps(run.config)
     metadata = {"base": args.base, "steps": str(run.step), "config": config, "license": args.preset.license}
+    file = f"snapshots/step-{run.step}.safetensors" if snapshot else "controlnet.safetensors"
     decoder = {}
     if args.unlock_decoder:
         metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
         names, tensors = official_layout(denoiser.unet), denoiser.unet.state_dict()
         decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder)
-    plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
+    save_controlnet(denoiser.controlnet, run.folder / file, metadata=metadata, others=decoder,
+                    dtype=torch.float16 if snapshot else None)  # fmt: skip
 
 
 def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> None:
     """Write what is left of the run's files, and say what to do next."""
     if run.step == run.start:  # nothing was left to do, but maybe the run was killed between checkpoint and this file
         export(args, run, denoiser)
+        plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     if run.step == args.max_train_steps and args.validation_steps and run.step % args.validation_steps:
         held_out.preview(denoiser.controlnet, run.step)
     run.say_what_next(held_out.prompts[0])

@@ -179,12 +179,13 @@ def load_controlnet(path: str | Path, unet: UNet) -> ControlNet:
 
 def save_controlnet(
     controlnet: ControlNet, path: str | Path, layout: str = "official", metadata: dict[str, str] | None = None,
-    others: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Write a ControlNet for other programs.
 
     "official" is one .safetensors file, which A1111, ComfyUI and diffusers read. `others` are more tensors for it,
-    under official names: the base's decoder if that was trained too. "diffusers" is a folder, for ControlNetModel.
+    under official names: the base's decoder if that was trained too. `dtype` is what all are rounded to. "diffusers"
+    is a folder, for ControlNetModel.
     The lite ablation keeps our names, is marked in the metadata, and has no diffusers layout.
     Raises UserError for that, or when writing fails; ValueError for any other layout.
     """
@@ -192,7 +193,8 @@ def save_controlnet(
         config = controlnet.config
         hidden = {"num_heads": config.num_heads, "norm_groups": config.norm_groups}  # which no shape shows
         metadata = (metadata or {}) | {"unet": json.dumps(hidden)} | ({"copy": "lite"} if controlnet.lite else {})
-        save_tensors(official_state_dict(controlnet) | dict(others or {}), path, metadata)
+        tensors = official_state_dict(controlnet) | dict(others or {})
+        save_tensors({name: tensor.to(dtype=dtype) for name, tensor in tensors.items()}, path, metadata)
     elif layout == "diffusers":
         if controlnet.lite:
             raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")

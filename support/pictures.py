@@ -1,6 +1,7 @@
 """Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
 
 import json
+import math
 import stat
 import textwrap
 from pathlib import Path
@@ -95,14 +96,20 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 MOST_OBLONG = 16  # times as long as wide
 
 
-def open_image(path: Path) -> Image.Image:
-    """A picture, decoded whole and turned as its EXIF says. Raises UserError for what is no picture of use."""
+def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
+    """A picture, decoded whole and turned as its EXIF says.
+
+    Raises UserError for what is no picture of use, or has more than `most_pixels`.
+    """
     with reading(path, "picture", "save it again as PNG or JPEG"):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise UserError(f"{path} is no regular file: pass a picture")
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > MOST_OBLONG * min(image.size):
                 raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
+            if image.width * image.height > most_pixels:
+                raise UserError(f"{path.name} has {image.width * image.height / 1e6:.0f} megapixels: at most "
+                                f"{most_pixels / 1e6:.0f} are read")  # fmt: skip
             if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
                 raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
             return ImageOps.exif_transpose(image)

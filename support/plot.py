@@ -12,14 +12,15 @@ PANELS = {  # field of the log -> title
     "hint_sensitivity": "hint sensitivity: how far another hint moves ε",
     "hint_gap": "hint gap: what another hint adds to the loss",
     "iou": "IoU of the sampled disc with the hint's",
+    "followed": "share of hints that samples follow (IoU at least 0.7)",
 }
 
 
 def curve(history: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a log's field, ready to plot; both empty if it was never measured."""
     points = [(entry["step"], entry[field]) for entry in history if field in entry]
-    if field == "iou":  # at step 0 the samples are the base's
-        points = [(0, entry["base_iou"]) for entry in history if "base_iou" in entry][:1] + points
+    if base := [(0, entry[f"base_{field}"]) for entry in history if f"base_{field}" in entry]:
+        points = base[:1] + points  # at step 0 the samples are the base's
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     if field == "loss" and len(values) >= 25:  # a single batch says next to nothing
         steps, values = steps[24:], np.convolve(values, np.full(25, 1 / 25), "valid")

@@ -162,18 +162,20 @@ class Run:
                 if other := next((name for name in known | inputs if known.get(name) != inputs.get(name)), None):
                     raise UserError(f"{other} is not what {self.folder} was trained with: restore it, or start another "
                                     "--output-dir")  # fmt: skip
-            for part in (self.folder, folder, self.folder / "checkpoints", self.folder / "previews"):
-                clear(part, PARTIAL)
+            for part in (".", "cache", "checkpoints", "previews", "snapshots"):
+                clear(self.folder / part, PARTIAL)
             cache_latents(sd, pairs, held_out, folder, inputs, self.args.num_workers)
             save_json(inputs | {"device": device}, record)
             if self.start == 0:
-                self.drop_previews(-1)  # of a run that died before its first checkpoint
+                self.drop_after(-1)  # of a run that died before its first checkpoint
         return CachedPairs(pairs, folder)
 
-    def drop_previews(self, after: int) -> None:
-        for step, path in steps_in(self.folder / "previews", ".png").items():
-            if step > after:
-                path.unlink()
+    def drop_after(self, last: int) -> None:
+        """Remove the previews and snapshots of steps that are going to be done again."""
+        for folder, suffix in (("previews", ".png"), ("snapshots", ".safetensors")):
+            for step, path in steps_in(self.folder / folder, suffix).items():
+                if step > last:
+                    path.unlink()
 
     def resume(self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """Load the checkpoint, if there is one, and open the log where it left off."""
@@ -183,7 +185,7 @@ class Run:
         if self.writes:
             if later := set_aside(self.folder / "checkpoints", self.start):
                 self.say(f"the checkpoints of steps {', '.join(map(str, later))} go when the next one is written")
-            self.drop_previews(self.start)
+            self.drop_after(self.start)
             save_json(self.config, self.folder / "config.json")
             self.log_book = Log(self.folder, self.start, self.args.report_to == "tensorboard")
             self.exits.callback(self.log_book.close)
@@ -317,3 +319,5 @@ class Run:
             hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
             command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]
             self.say(f"now: {shlex.join([*command, '--prompt', prompt])}")
+            if (self.folder / "snapshots").is_dir():
+                self.say(f"or draw hints and scrub through the training: python draw.py --run {self.folder}")

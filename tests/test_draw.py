@@ -1,0 +1,228 @@
+"""The page: what it samples with, and the page itself in a real browser, where there is one."""
+
+import importlib.util
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from standin import ROOT
+
+import draw
+from controlnet import ControlNet
+from data import draw_fill50k
+from metrics import circle_iou
+from stable_diffusion import StableDiffusion
+from support.errors import UserError
+from support.pictures import fit_image, open_image, to_picture
+from support.threads import as_it_happens
+from weights import save_controlnet
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAYWRIGHT = importlib.util.find_spec("playwright")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder as the page needs it: a snapshot before the first step, one after the last, a log."""
+    folder, sd = tmp_path_factory.mktemp("run"), StableDiffusion.load("tiny")
+    (folder / "config.json").write_text('{"base": "tiny"}')
+    untrained = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
+    save_controlnet(untrained, folder / "snapshots" / "step-0.safetensors", dtype=torch.float16)
+    shutil.copy(draw.SHIPPED, folder / "snapshots" / "step-800.safetensors")
+    entry = {"hint_sensitivity": 1e-6, "followed": 0.0, "base_followed": 0.0}
+    entries = [{"step": 10} | entry, {"step": 800, "hint_sensitivity": 0.1, "followed": 1.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def painter(run):
+    sd = StableDiffusion.load("tiny")
+    return draw.Painter(sd, draw.find_snapshots(run)[1], sd.preset.resolution, lambda hint: hint)
+
+
+SETTINGS = {"prompt": "coral circle with navy background", "seed": 0, "guidance_scale": 3.0, "steps": 10}
+
+
+def test_as_it_happens():
+    """What is shown comes before the work is done; its error comes too."""
+    seen = []
+
+    def work(show):
+        for i in range(2):
+            show(i)
+        return "done"
+
+    for value in as_it_happens(work):
+        seen.append(value)
+    assert seen == [0, 1, "done"]
+    shown = as_it_happens(lambda show: show(1) or 1 / 0)
+    assert next(shown) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(shown)
+
+
+def test_a_placed_ring_is_a_hint_of_the_task(painter):
+    """The same outline as draw_fill50k's, for the numbers that it drew."""
+    random = np.random.default_rng([0, 5])
+    random.integers(1)
+    radius, (x, y) = random.uniform(1 / 8, 1 / 2), random.uniform(0.19, 0.80, 2)
+    assert torch.equal(painter.ring(x, y, radius), fit_image(draw_fill50k(5, 128)[0], 128))
+
+
+def test_each_step_is_shown_and_step_zero_is_the_base(painter):
+    """Equation (3): before the first step the hint changes nothing, bit for bit, with the snapshot's half precision."""
+    hint = painter.ring(0.4, 0.6, 0.25)
+    alone = painter.alone((128, 128), **SETTINGS)
+    pictures = list(painter.paint(hint, step=0, strength=1.0, mode="uniform", **SETTINGS))
+    assert len(pictures) == 10 + 1
+    assert pictures[-1].tobytes() == alone.tobytes() != pictures[0].tobytes()
+    last = list(painter.paint(hint, step=790, strength=1.0, mode="uniform", **SETTINGS))[-1]  # the nearest: 800
+    assert last.tobytes() != alone.tobytes()
+
+
+def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
+    def error(*options):
+        monkeypatch.setattr(sys, "argv", ["draw.py", *map(str, options)])
+        with pytest.raises(UserError) as raised:
+            draw.main()
+        return str(raised.value)
+
+    assert "leave out --base and --controlnet" in error("--run", run, "--base", "sd15")
+    assert "config.json" in error("--run", tmp_path)
+    (tmp_path / "config.json").write_text('{"base": "tiny"}')
+    assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
+    sd = StableDiffusion.load("tiny")
+    path = tmp_path / "snapshots" / "step-5.safetensors"
+    save_controlnet(ControlNet.from_unet(sd.unet, (8, 16, 24, 32)), path, metadata={"unlock_decoder": "true"})
+    assert "changed the base's decoder" in error("--run", tmp_path)
+    monkeypatch.setattr(draw, "find_spec", lambda name: None)
+    assert error() == "the page needs gradio: pip install -r requirements-app.txt"
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
+    Image.new("1", (300, 200)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", 60_000).size == (300, 200)
+    with pytest.raises(UserError, match="a.png has 0 megapixels"):
+        open_image(tmp_path / "a.png", 59_999)
+
+
+# In the browser
+
+
+@pytest.fixture(scope="module")
+def address(run, tmp_path_factory):
+    """The page of `python draw.py --run`, with all that Gradio keeps in a folder of the test's."""
+    if not PLAYWRIGHT:
+        pytest.skip("playwright is not installed")
+    if not BROWSER:
+        pytest.skip("no Chromium or Chrome is installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = tmp_path_factory.mktemp("temporary")
+    log = open(temporary.parent / "page.log", "w+")
+    command = [sys.executable, "draw.py", "--run", str(run), "--port", str(port)]
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(temporary), "HOME": str(temporary), "GOMP_SPINCOUNT": "10000"}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert server.poll() is None, Path(log.name).read_text()
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    server.send_signal(signal.SIGINT)
+    server.wait(60)
+    text = Path(log.name).read_text()
+    assert "Traceback" not in text, text
+    assert not list(temporary.glob("draw-*"))  # nothing that was sent or shown is kept
+
+
+@pytest.fixture
+def page(address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        elsewhere, complaints = [], []
+        page.on("request", lambda request: elsewhere.append(request.url) if not request.url.startswith(
+            (address, "data:", "blob:")) else None)  # fmt: skip
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        page.wait_for_selector("#alone img")
+        settled(page)
+        yield page
+        browser.close()
+        assert not elsewhere and not complaints
+
+
+def address_of(page, name: str) -> str | None:
+    image = page.locator(f"#{name} img")
+    return image.get_attribute("src") if image.count() else None
+
+
+def settled(page, quiet: float = 3.0) -> None:
+    """Wait until none of the three pictures has changed for so many seconds."""
+    seen, since = None, time.monotonic()
+    while time.monotonic() - since < quiet:
+        now = [address_of(page, name) for name in ("hint", "sample", "alone")]
+        if now != seen:
+            seen, since = now, time.monotonic()
+        page.wait_for_timeout(100)
+
+
+def shown(page, name: str) -> torch.Tensor:
+    """A picture on the page, [1, 3, H, W] in [-1, 1]."""
+    data = page.request.get(address_of(page, name)).body()
+    return fit_image(Image.open(io.BytesIO(data)), 128)[None] * 2 - 1
+
+
+def message(page) -> str:
+    """The sentence that the page shows, and that it then closes."""
+    toast = page.locator(".toast-text").first
+    text = toast.inner_text()
+    page.locator(".toast-close").first.click()
+    return text
+
+
+def draw_ring(page, x: float, y: float, radius: float) -> None:
+    page.get_by_role("tab", name="Draw").click()
+    canvas = page.locator("#canvas canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for i in range(41):
+        angle = 2 * np.pi * i / 40
+        place = x + radius * np.cos(angle), y + radius * np.sin(angle)
+        page.mouse.move(box["x"] + place[0] * box["width"], box["y"] + place[1] * box["height"])
+        if i == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def test_the_picture_follows_the_ring_that_is_drawn(page):
+    """With the trained snapshot; before the first step it is the base's picture, bit for bit."""
+    draw_ring(page, 0.4, 0.55, 0.25)
+    settled(page)
+    hint = (shown(page, "hint") + 1) / 2
+    expected = fit_image(to_picture(hint[0] * 2 - 1), 128)
+    assert circle_iou(shown(page, "sample"), expected[None]).item() > 0.7 > circle_iou(shown(page, "alone"), hint).item()
+    rows, columns = torch.nonzero(hint[0, 0] > 0.5).double().T / 128
+    assert abs(rows.mean() - 0.55) < 0.01 and abs(columns.mean() - 0.4) < 0.01
+    number = page.locator("#step input[type=number]")
+    number.fill("0")
+    number.press("Enter")
+    settled(page)
+    assert torch.equal(shown(page, "sample"), shown(page, "alone"))
