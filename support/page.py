@@ -21,7 +21,7 @@ from support.plot import curve
 SIDE = 512  # of the canvas, in pixels
 LARGEST_FILE, LARGEST_PICTURE = 20 * 2**20, 50_000_000  # that is read: bytes, pixels
 WAITING = 8  # so many wait at most while one is served
-KEPT = 60  # seconds that what was sent or shown is kept on the disk
+KEPT = 3600  # seconds that what was sent or shown is kept on the disk, if the page runs so long
 IN_STRIP = 12  # snapshots, of all
 SHOWN = (("hint", "Hint"), ("sample", "With the hint"), ("alone", "The base alone"))
 GREY = "#808080"  # legible on light and on dark pages
@@ -105,7 +105,7 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
     """The page for a Painter and its control modes; with several snapshots also a slider, and their log."""
     preset, steps = painter.sd.preset, list(painter.paths)
     scrubs, live = len(steps) > 1, small(painter.sd.unet)  # live: fast enough to paint while a slider moves
-    with gr.Blocks(title="ControlNet", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(title="ControlNet", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
         gr.Markdown("# Draw a hint\nThe picture follows it, if the ControlNet does. Beside it: the base alone.")
         source, step = gr.State("ring"), gr.State(steps[-1])
         with gr.Row():
@@ -196,7 +196,7 @@ def show_page(painter, modes: Sequence[str], history: list[dict], port: int) -> 
         try:
             build(painter, modes, history).queue(max_size=WAITING).launch(
                 server_name="127.0.0.1", server_port=port, share=False, max_file_size=LARGEST_FILE, css=CSS,
-                theme=gr.themes.Default(font="system-ui", font_mono="monospace"), footer_links=[],
+                theme=gr.themes.Default(font="system-ui", font_mono="monospace"), footer_links=[], run_history=False,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"port {port} can't be used ({error}): choose another with --port") from None

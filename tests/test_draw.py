@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from standin import ROOT
 
 import draw
@@ -218,7 +219,9 @@ def test_the_picture_follows_the_ring_that_is_drawn(page):
     settled(page)
     hint = (shown(page, "hint") + 1) / 2
     expected = fit_image(to_picture(hint[0] * 2 - 1), 128)
-    assert circle_iou(shown(page, "sample"), expected[None]).item() > 0.7 > circle_iou(shown(page, "alone"), hint).item()
+    assert (
+        circle_iou(shown(page, "sample"), expected[None]).item() > 0.7 > circle_iou(shown(page, "alone"), hint).item()
+    )
     rows, columns = torch.nonzero(hint[0, 0] > 0.5).double().T / 128
     assert abs(rows.mean() - 0.55) < 0.01 and abs(columns.mean() - 0.4) < 0.01
     number = page.locator("#step input[type=number]")
@@ -226,3 +229,68 @@ def test_the_picture_follows_the_ring_that_is_drawn(page):
     number.press("Enter")
     settled(page)
     assert torch.equal(shown(page, "sample"), shown(page, "alone"))
+
+
+def test_what_is_no_picture_is_refused_in_one_sentence(page, tmp_path):
+    """An empty drawing, a text, too many pixels: a sentence each, and what was shown stays."""
+    before = address_of(page, "sample")
+    page.get_by_role("tab", name="Draw").click()
+    page.get_by_role("button", name="Paint").click()
+    assert message(page) == "the drawing is empty: draw a line in the black square"
+    (tmp_path / "text.png").write_text("this is no picture")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    page.get_by_role("tab", name="Picture").click()
+    for name, sentence in (("text", "is damaged or no picture"), ("large", "has 100 megapixels: at most 50 are read")):
+        page.locator("input[type=file]").set_input_files(tmp_path / f"{name}.png")
+        text = message(page)
+        assert f"{name}.png" in text and sentence in text and "\n" not in text
+        page.get_by_role("button", name=re.compile("clear|remove", re.I)).last.click()
+    assert address_of(page, "sample") == before
+
+
+def test_a_hint_is_sent(page, tmp_path):
+    draw_fill50k(0, 200)[0].save(tmp_path / "hint.png")
+    page.get_by_role("tab", name="Picture").click()
+    page.locator("input[type=file]").set_input_files(tmp_path / "hint.png")
+    settled(page)
+    hint = (shown(page, "hint") + 1) / 2
+    assert torch.equal(hint[0], (fit_image(open_image(tmp_path / "hint.png"), 128) * 255).round() / 255)
+    assert circle_iou(shown(page, "sample"), hint).item() > 0.7
+
+
+def test_twenty_quick_presses(page):
+    """Only the newest waits: the server does not paint twenty pictures."""
+    button, began = page.get_by_role("button", name="Paint"), time.monotonic()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "/queue/join" in request.url else None)
+    for _ in range(20):
+        button.click()
+    pressed = time.monotonic() - began
+    settled(page)
+    assert len(asked) <= 2 + pressed  # each takes about a second: the first, one for each that was finished, the last
+
+
+def test_all_steps_at_once(page):
+    page.get_by_role("button", name="All steps at once").click()
+    page.wait_for_selector("#strip img[alt='step 800'], #strip >> text=step 800")
+    assert page.locator("#strip .thumbnail-item").count() == 2
+
+
+@pytest.mark.parametrize("width,scheme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_everything_has_its_place_and_its_name(page, width, scheme):
+    """Nothing is wider than the window, no two parts lie over each other, and every control has a name."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = [page.locator(f"#{name}").bounding_box() for name in ("hint", "sample", "alone", "step")]
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            beside = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+            assert beside or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+    page.get_by_role("button", name="Settings").click()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("input, textarea, button, canvas")].filter(part => part.offsetParent &&
+           !(part.labels?.length || part.ariaLabel || part.title || part.innerText.trim() || part.ariaLabelledByElements))
+           .map(part => part.outerHTML.slice(0, 200))"""
+    )
+    assert not nameless
