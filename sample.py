@@ -60,11 +60,8 @@ def generate(
         hints = [[part.to(device) for part in hint.split(AT_ONCE)] for hint in hints]
         conditions = [torch.cat([*map(net.hint_encoder, parts)]) for net, parts in zip(controlnets, hints, strict=True)]
     seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
-    schedule, steps_done, bar = (
-        NoiseSchedule(device=device),
-        count(),
-        tqdm(total=steps, desc="sampling", disable=not progress),
-    )
+    schedule, steps_done = NoiseSchedule(device=device), count()
+    bar = tqdm(total=steps, desc="sampling", disable=not progress)
 
     def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
         """The weighted residuals of all ControlNets for some of the images, 0 for a side that does not see the hint."""

@@ -57,7 +57,10 @@ def read_upload(path: str | None) -> Image.Image:
     """The picture that was sent. Raises UserError as open_image does."""
     if path is None:
         raise UserError("there is no picture yet: choose one")
-    return open_image(Path(path), LARGEST_PICTURE)
+    try:
+        return open_image(Path(path), LARGEST_PICTURE)
+    except UserError as error:  # where it lies here is nobody's business
+        raise UserError(str(error).replace(f"{Path(path).parent}{os.sep}", "")) from None
 
 
 def picture_under(name: str, title: str) -> gr.Image:
@@ -118,7 +121,7 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
                     with gr.Tab("Draw") as draw:
                         drawing = canvas()
                     with gr.Tab("Picture") as picture:
-                        upload = gr.File(label="Picture or photograph", file_types=["image"], type="filepath")
+                        upload = gr.File(label="Picture or photograph", file_types=["image"], elem_id="upload")
                 with gr.Row():
                     disc = gr.Dropdown(list(COLOURS), value="coral", label="Colour of the disc")
                     background = gr.Dropdown(list(COLOURS), value="navy", label="Colour of the background")
@@ -175,8 +178,8 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
         one_at_a_time = {"concurrency_id": "painter", "concurrency_limit": 1, "show_progress": "hidden"}
         triggers = [button.click]
         if live:
-            changing = [x, y, radius, upload, *settings, *([step] if scrubs else [])]
-            triggers += [page.load, drawing.input, *(part.change for part in changing)]
+            changing = [x, y, radius, *settings, *([step] if scrubs else [])]
+            triggers += [page.load, drawing.input, upload.upload, *(part.change for part in changing)]
         # While one picture is painted only the newest request waits: older ones are dropped.
         gr.on(triggers, paint, [step, *hints, *settings], shown, trigger_mode="always_last", **one_at_a_time)
         gr.on([disc.input, background.input], write_prompt, [disc, background], prompt)

@@ -42,7 +42,15 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
     assert log[10].keys() == {"step", "loss", "gradient_norm", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
     assert 0 < log[20]["heldout_loss"] < 0.2
-    assert {"iou", "colour_error", "base_iou", "base_colour_error"} <= log[20].keys()
+    scores = {"iou", "followed", "colour_error"}
+    assert scores | {f"base_{score}" for score in scores} <= log[20].keys()
+    assert log[20]["base_followed"] in [i / 9 for i in range(10)]
+    assert {path.stem for path in (tmp_path / "snapshots").iterdir()} == {"step-0", "step-10", "step-20"}
+    first, _ = read_tensors(tmp_path / "snapshots" / "step-0.safetensors")
+    last, metadata = read_tensors(tmp_path / "snapshots" / "step-20.safetensors")
+    final, _ = read_tensors(tmp_path / "controlnet.safetensors")
+    assert not first["control_model.middle_block_out.0.weight"].any() and metadata["steps"] == "20"
+    assert all(torch.equal(tensor, final[name].half()) for name, tensor in last.items())
     assert Image.open(tmp_path / "previews" / "step-20.png").size == (60 + 8 * 64, 4 * 64 + 64)
     assert Image.open(tmp_path / "convergence.png").height > 500
     output = capsys.readouterr().out
@@ -74,7 +82,9 @@ def test_step_zero_is_sampled_once(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "generate", None)
     again = HeldOut(sd, pairs, 0, tmp_path)
     assert torch.equal(first.step_0, again.step_0) and first.base_scores == again.base_scores
-    assert first.step_0.shape == (2, 3, 64, 64) and first.base_scores.keys() == {"base_iou", "base_colour_error"}
+    assert first.step_0.shape == (2, 3, 64, 64) and first.base_scores.keys() == {
+        "base_iou", "base_followed", "base_colour_error"
+    }  # fmt: skip
 
 
 def test_one_graph():
