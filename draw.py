@@ -57,18 +57,22 @@ class Painter:
         """The base's own picture from the same noise, without a hint."""
         return to_picture(generate(self.sd, [], [], [prompt], size=size, **settings)[0])
 
-    def paint(
-        self, hint: Tensor, prompt: str, step: int, strength: float, mode: str, **settings
-    ) -> Iterator[Image.Image]:
+    def sample(
+        self, hint: Tensor, prompt: str, step: int, strength: float, mode: str,
+        watch: Callable[[Tensor], None] | None = None, **settings,
+    ) -> Image.Image:  # fmt: skip
+        """What the snapshot nearest to `step` makes of the hint."""
+        images = generate(
+            self.sd, [self.controlnet(step)], [hint[None]], [prompt], strengths=[strength], weighting=mode,
+            both_sides=mode == "uniform", watch=watch, **settings,
+        )  # fmt: skip
+        return to_picture(images[0])
+
+    def paint(self, *what, **settings) -> Iterator[Image.Image]:
         """The picture as predicted at each DDIM step, and at last the sample."""
-
-        def sample(show: Callable[[Tensor], None]) -> Tensor:
-            return generate(
-                self.sd, [self.controlnet(step)], [hint[None]], [prompt], strengths=[strength], weighting=mode,
-                both_sides=mode == "uniform", watch=show, **settings,
-            )  # fmt: skip
-
-        return (to_picture(images[0]) for images in as_it_happens(sample))
+        return as_it_happens(
+            lambda show: self.sample(*what, watch=lambda images: show(to_picture(images[0])), **settings)
+        )
 
 
 def find_snapshots(run: Path) -> tuple[str, dict[int, Path]]:

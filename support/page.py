@@ -28,7 +28,7 @@ GREY = "#808080"  # legible on light and on dark pages
 CSS = """
 footer {display: none !important}
 #canvas canvas {width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; border: 1px solid gray}
-#hint img, #sample img, #alone img {width: 100%; height: auto}
+.picture :is(.image-container, button, .image-frame, img) {width: 100%; height: auto}
 """
 
 
@@ -67,7 +67,13 @@ def picture_under(name: str, title: str) -> gr.Image:
     with gr.Column(min_width=160):
         gr.Markdown(f"**{title}**")
         return gr.Image(
-            show_label=False, alt_text=title, format="png", interactive=False, buttons=["download"], elem_id=name
+            show_label=False,
+            alt_text=title,
+            format="png",
+            interactive=False,
+            buttons=[],
+            elem_id=name,
+            elem_classes="picture",
         )
 
 
@@ -83,6 +89,7 @@ def curves(history: list[dict], step: int) -> Figure:
     left.set_xlabel("optimizer step", color=GREY)
     for axis, label, colour in ((left, "hint sensitivity", "C0"), (right, "hints followed", "C1")):
         axis.set_facecolor("none")
+        axis.spines[:].set_color(GREY)
         axis.tick_params(colors=GREY)
         axis.set_ylabel(label, color=colour)
     return figure
@@ -142,7 +149,9 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
                     label = "Snapshot of the training, after so many steps"
                     step = gr.Slider(steps[0], steps[-1], steps[-1], step=apart, label=label, elem_id="step")
                     all_steps = gr.Button("All steps at once")
-                    strip = gr.Gallery(show_label=False, columns=6, format="png", interactive=False, elem_id="strip")
+                    strip = gr.Gallery(
+                        show_label=False, columns=6, height="auto", format="png", interactive=False, elem_id="strip"
+                    )
 
         hints = [source, x, y, radius, drawing, upload]
         settings = [prompt, seed, strength, guidance, ddim_steps, mode]
@@ -168,8 +177,7 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
             hint, _, controlled = read(*values)
             pictures = []
             for chosen in sorted({steps[i * (len(steps) - 1) // (IN_STRIP - 1)] for i in range(IN_STRIP)}):
-                *_, picture = painter.paint(hint, step=chosen, **controlled)
-                pictures.append((picture, f"step {chosen}"))
+                pictures.append((painter.sample(hint, step=chosen, **controlled), f"step {chosen}"))
                 yield pictures
 
         def write_prompt(disc, background):
