@@ -28,7 +28,8 @@ GREY = "#808080"  # legible on light and on dark pages
 CSS = """
 footer {display: none !important}
 #canvas canvas {width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; border: 1px solid gray}
-.picture :is(.image-container, button, .image-frame, img) {width: 100%; height: auto}
+.picture :is(.image-container, button, .image-frame, img) {width: 100%; height: auto; object-fit: contain}
+#strip :is(.grid-wrap, .gallery-content) {height: auto; min-height: 0}
 """
 
 
