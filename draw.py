@@ -93,7 +93,7 @@ def parse_arguments():
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
     add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
-    add("--port", type=options.positive_int, default=7860, help="of the page's address (default: 7860)")
+    add("--port", type=options.port, default=7860, help="of the page's address (default: 7860)")
     args = parser.parse_args()
     if args.run and (args.base or args.controlnet):
         raise UserError("--run brings its base and its ControlNets: leave out --base and --controlnet")

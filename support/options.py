@@ -61,6 +61,7 @@ def number(kind: type, accepts: Callable[[float], bool], expected: str) -> Calla
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 count_or_zero = number(int, lambda value: value >= 0, "a whole number, 0 or more")
 seed = number(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more and below 2^63")
+port = number(int, lambda value: 0 < value < 2**16, "a whole number from 1 to 65535")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 finite_float = number(float, math.isfinite, "a finite number")
 share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")

@@ -135,7 +135,7 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
                     background = gr.Dropdown(list(COLOURS), value="navy", label="Colour of the background")
                 prompt = gr.Textbox("coral circle with navy background", label="Prompt")
                 with gr.Accordion("Settings", open=False):
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                    seed = gr.Number(0, precision=0, minimum=0, maximum=2**32, label="Seed")
                     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the ControlNet")
                     guidance = gr.Slider(1, 15, preset.guidance_scale, step=0.5, label="Guidance scale")
                     ddim_steps = gr.Slider(1, 50, preset.sampling_steps, step=1, label="DDIM steps")

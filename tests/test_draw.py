@@ -98,6 +98,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
         return str(raised.value)
 
     assert "leave out --base and --controlnet" in error("--run", run, "--base", "sd15")
+    assert "must be a whole number from 1 to 65535" in error("--port", "70000")
     assert "config.json" in error("--run", tmp_path)
     (tmp_path / "config.json").write_text('{"base": "tiny"}')
     assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
