@@ -4,6 +4,8 @@ import base64
 import functools
 import io
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -202,7 +204,8 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
 
 
 def show_page(painter, modes: Sequence[str], history: list[dict], port: int) -> None:
-    """Serve the page at 127.0.0.1:`port` until Ctrl-C. What is sent and shown lies in a folder that goes with it."""
+    """Serve the page at 127.0.0.1:`port` until Ctrl-C or SIGTERM. What is sent and shown goes with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     with tempfile.TemporaryDirectory(prefix="draw-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def address(run, tmp_path_factory):
         assert server.poll() is None, log.read_text()
         time.sleep(0.2)
     yield f"http://127.0.0.1:{port}"
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     server.wait(60)
     assert "Traceback" not in log.read_text(), log.read_text()
     assert not list(temporary.glob("draw-*"))  # nothing that was sent or shown is kept
