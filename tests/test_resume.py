@@ -43,7 +43,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "whole"
     assert {path.name for path in folder.iterdir()} == {
         "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "log.jsonl",
-        "previews",
+        "previews", "snapshots",
     }  # fmt: skip
     previews = {path.name for path in (folder / "previews").iterdir()}
     assert previews == {"hint.png", "step-0.png", "step-4.png", "step-5.png"}  # the last one at the end
@@ -263,7 +263,7 @@ def test_other_inputs_are_refused(what, tmp_path, monkeypatch):
         ("support.cache.CachedPairs.__getitem__", 7, 2),  # the third batch's first pair
         ("torch.optim.AdamW.step", 3, None),  # between two steps there is nothing whole to save
         ("support.log.Log.write", 3, 3),
-        ("train.export", 1, 4),
+        ("train.export", 2, 4),  # after the snapshot of step 0
     ],
 )
 def test_an_error_loses_no_step(where, call, saved, four_steps, tmp_path, monkeypatch, capsys):
