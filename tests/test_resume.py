@@ -272,10 +272,10 @@ def test_an_error_loses_no_step(where, call, saved, four_steps, tmp_path, monkey
     options += ["--num-workers", "0"]  # to count the calls
     real, calls = attrgetter(where.partition(".")[2])(import_module(where.partition(".")[0])), count(1)
 
-    def fails_once(*arguments):
+    def fails_once(*arguments, **settings):
         if next(calls) == call:
             raise OSError(28, "No space left on device")
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(where, fails_once)
     with pytest.raises(OSError, match="No space left on device"):
