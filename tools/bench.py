@@ -80,7 +80,7 @@ class TimedRun:
     """What train.py's loop needs of a support.run.Run: one process, no folder, and each step timed."""
 
     def __init__(self, device: torch.device, timer: Timer, compiled: bool):
-        self.device, self.timer, self.compiled = device, timer, compiled
+        self.device, self.timer, self.compiled, self.start = device, timer, compiled, 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def steps(self) -> Iterator[int]:
@@ -139,7 +139,7 @@ def training(args: Namespace, device: torch.device, timer: Timer) -> None:
     cached = Namespace(batch=Batch(0, size, [], hint, moments, context), empty_context=context[0])
     options = Namespace(
         preset=preset, seed=0, gradient_accumulation_steps=1, learning_rate=preset.learning_rate,
-        proportion_empty_prompts=0.5, validation_steps=0,
+        proportion_empty_prompts=0.5, validation_steps=0, snapshot_steps=0,
     )  # fmt: skip
     run = TimedRun(device, timer, args.compile)
     train(options, run, denoiser, optimizer, cached, preset.latent_scale, held_out=None)
