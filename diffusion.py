@@ -27,10 +27,6 @@ class NoiseSchedule:
         # z_t = sqrt(ᾱ_t) z_0 + sqrt(1 - ᾱ_t) ε
         return self.image_scale[t].to(z0.dtype) * z0 + self.noise_scale[t].to(z0.dtype) * eps
 
-    def predict_z0(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The z_0 that add_noise would turn into z with the noise eps; all as there."""
-        return (z - self.noise_scale[t] * eps) / self.image_scale[t]
-
 
 def guided_noise(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Sec. 3.4), all [B, 4, h, w]. Scale 1 means no guidance, 0 ignores the prompt."""
@@ -51,13 +47,13 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 def ddim(
     eps_fn: EpsFn, z_T: Tensor, schedule: NoiseSchedule, steps: int = 20, eta: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample z_0 from noise z_T [B, 4, h, w] with DDIM (Song et al. 2020, eq. 12 and 16).
 
     eta = 0 is deterministic; eta = 1 adds as much noise as DDPM. `generator` draws that noise on the CPU, so that the
     numbers are the same on every device. It must not be the one that drew z_T, nor share its seed: the same seed draws
-    z_T again. Raises ValueError unless 1 <= steps < schedule.steps.
+    z_T again. `watch` is shown the z_0 predicted at each step. Raises ValueError unless 1 <= steps < schedule.steps.
     """
     timesteps = ddim_timesteps(schedule, steps)
     alphas = schedule.alphas_cumprod[timesteps]
@@ -68,6 +64,8 @@ def ddim(
         eps = eps_fn(z, torch.full((len(z),), t, device=z.device))
         # predicted z_0 = (z_t - sqrt(1 - ᾱ_t) ε) / sqrt(ᾱ_t)
         z0 = (z - (1 - alpha) ** 0.5 * eps) / alpha**0.5
+        if watch:
+            watch(z0)
         # eq. 16: σ_t = η sqrt((1 - ᾱ_prev) / (1 - ᾱ_t)) sqrt(1 - ᾱ_t / ᾱ_prev)
         sigma = eta * ((1 - previous) / (1 - alpha) * (1 - alpha / previous)) ** 0.5
         # eq. 12: z_prev = sqrt(ᾱ_prev) z_0 + sqrt(1 - ᾱ_prev - σ_t²) ε + σ_t (fresh noise), with the predicted z_0;

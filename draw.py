@@ -11,7 +11,7 @@ from torch import Tensor
 
 from controlnet import ControlNet
 from data import draw_outline, signed_distance
-from sample import CONTROL_MODES, generate
+from sample import CONTROL_MODES, brings_decoder, generate
 from stable_diffusion import StableDiffusion
 from support import options
 from support.checkpoints import steps_in
@@ -19,7 +19,7 @@ from support.detect import add_options, detector
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.diffusers_format import CONTROLNET_FILES
 from support.errors import UserError, run_command_line
-from support.files import read_json, read_tensors
+from support.files import read_json
 from support.hub import locate
 from support.log import read_log
 from support.pictures import fit_image, to_picture
@@ -110,7 +110,7 @@ def main() -> None:
     else:
         source = args.controlnet or str(SHIPPED)
         paths = {0: locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE")}
-    if any(not path.is_dir() and "unlock_decoder" in read_tensors(path)[1] for path in paths.values()):
+    if brings_decoder(paths[max(paths)]):
         raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
     sd = StableDiffusion.load(args.base or "tiny")
     print(f"sampling on {describe(device)}")

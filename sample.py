@@ -60,8 +60,7 @@ def generate(
         hints = [[part.to(device) for part in hint.split(AT_ONCE)] for hint in hints]
         conditions = [torch.cat([*map(net.hint_encoder, parts)]) for net, parts in zip(controlnets, hints, strict=True)]
     seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
-    schedule, steps_done = NoiseSchedule(device=device), count()
-    bar = tqdm(total=steps, desc="sampling", disable=not progress)
+    steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
 
     def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
         """The weighted residuals of all ControlNets for some of the images, 0 for a side that does not see the hint."""
@@ -84,18 +83,25 @@ def generate(
                 eps = sd.unet(*inputs, control(*inputs, images) if controlled else None).float()
             predicted.append(guided_noise(*eps.chunk(2), guidance_scale) if guided else eps)
         bar.update()
-        if watch:
-            watch(sd.decode_latents(schedule.predict_z0(z, torch.cat(predicted), t)))
         return torch.cat(predicted)
 
-    z0 = ddim(eps_fn, z_T, schedule, steps, eta, generator_for(seed, DDIM_NOISE))
+    def decode(z: Tensor) -> Tensor:
+        return torch.cat([sd.decode_latents(latent) for latent in z.split(1)])  # one by one: this needs the most memory
+
+    show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
+    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE), show)
     bar.close()
-    return torch.cat([sd.decode_latents(latent) for latent in z0.split(1)])  # one by one: this needs the most memory
+    return decode(z0)
+
+
+def brings_decoder(path: Path) -> bool:
+    """Whether a decoder that was trained with it (train.py --unlock-decoder) is in a ControlNet's file."""
+    return not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]
 
 
 def load_decoders(sd: StableDiffusion, paths: list[Path]) -> bool:
-    """Load a decoder that was trained with a ControlNet (train.py --unlock-decoder) into the UNet; True if one was."""
-    marked = [path for path in paths if not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]]
+    """Load a decoder that was trained with a ControlNet into the UNet; True if one was."""
+    marked = [path for path in paths if brings_decoder(path)]
     if len(marked) > 1:
         raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
     for path in marked:
