@@ -43,11 +43,16 @@ class UserError(Exception):
         self.details = details
 
 
-def known_cause(error: Exception) -> str | None:
-    """What to tell the user where memory, processes or the like ran out; None for any other error."""
+def known_cause(error: Exception, less_memory: str = "") -> str | None:
+    """What to tell the user where memory, processes or the like ran out; None for any other error.
+
+    `less_memory` names what needs less.
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return MEMORY
-    return next((line for phrase, line in SAID_IN_ERRORS.items() if phrase in str(error)), None)
+        line = MEMORY
+    else:
+        line = next((line for phrase, line in SAID_IN_ERRORS.items() if phrase in str(error)), None)
+    return line and line.format(said=str(error).split("\n")[0].split(". ")[0], less_memory=less_memory)
 
 
 def explain(error: OSError, path: str | Path = "") -> str:
@@ -120,9 +125,8 @@ def run_command_line(main: Callable[[], None], less_memory: str = "closing other
         message = str(error).split("UserError: ")[-1]  # from a loader's worker process it comes inside a traceback
         fail(*error.details, message)
     except (OSError, MemoryError, RuntimeError) as error:
-        if line := known_cause(error):
-            said = str(error).split("\n")[0].split(". ")[0]
-            fail(line.format(said=said, less_memory=less_memory))
+        if line := known_cause(error, less_memory):
+            fail(line)
         if not isinstance(error, OSError):
             raise
         fail(explain(error))

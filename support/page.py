@@ -26,6 +26,7 @@ WAITING = 8  # so many wait at most while one is served
 KEPT = 3600  # seconds that what was sent or shown is kept on the disk, if the page runs so long
 IN_STRIP = 12  # snapshots, of all
 SHOWN = (("hint", "Hint"), ("sample", "With the hint"), ("alone", "The base alone"))
+LESS_MEMORY = "fewer programs, or a lower --resolution"
 GREY = "#808080"  # legible on light and on dark pages
 CSS = """
 footer {display: none !important}
@@ -70,14 +71,9 @@ def picture_under(name: str, title: str) -> gr.Image:
     with gr.Column(min_width=160):
         gr.Markdown(f"**{title}**")
         return gr.Image(
-            show_label=False,
-            alt_text=title,
-            format="png",
-            interactive=False,
-            buttons=[],
-            elem_id=name,
+            show_label=False, alt_text=title, format="png", interactive=False, buttons=[], elem_id=name,
             elem_classes="picture",
-        )
+        )  # fmt: skip
 
 
 def curves(history: list[dict], step: int) -> Figure:
@@ -106,7 +102,7 @@ def in_one_sentence(listener: Callable[..., Iterator]) -> Callable[..., Iterator
         try:
             yield from listener(*values)
         except Exception as error:
-            sentence = str(error) if isinstance(error, UserError) else known_cause(error)
+            sentence = str(error) if isinstance(error, UserError) else known_cause(error, LESS_MEMORY)
             if sentence is None:
                 raise
             raise gr.Error(sentence, duration=None, print_exception=False) from None

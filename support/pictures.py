@@ -108,7 +108,7 @@ def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
             if max(image.size) > MOST_OBLONG * min(image.size):
                 raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
             if image.width * image.height > most_pixels:
-                raise UserError(f"{path.name} has {image.width * image.height / 1e6:.0f} megapixels: at most "
+                raise UserError(f"{path} has {image.width * image.height / 1e6:.0f} megapixels: at most "
                                 f"{most_pixels / 1e6:.0f} are read")  # fmt: skip
             if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
                 raise UserError(f"{path} has 32 bits a channel: save it again as PNG")

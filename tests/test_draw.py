@@ -116,6 +116,20 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
         open_image(tmp_path / "a.png", 59_999)
 
 
+def test_what_the_page_says_when_memory_runs_out():
+    gradio, page = pytest.importorskip("gradio"), pytest.importorskip("support.page")
+
+    @page.in_one_sentence
+    def listener():
+        yield 1
+        raise MemoryError("can't allocate 9 GB")
+
+    values = listener()
+    assert next(values) == 1
+    with pytest.raises(gradio.Error, match="out of memory .can't allocate 9 GB.: try fewer programs, or a lower --res"):
+        next(values)
+
+
 # In the browser
 
 
