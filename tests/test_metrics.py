@@ -109,4 +109,4 @@ def test_shapes_are_told_apart():
     rng = np.random.default_rng(0)
     for _ in range(60):
         _, target, caption = draw_scene(rng, 128, SHAPES)
-        assert best_shape(segment(fit_image(target, 128) * 2 - 1)) == caption.split(" with ")[0].split()[-1]
+        assert best_shape(segment(fit_image(target, 128) * 2 - 1))[0] == caption.split(" with ")[0].split()[-1]
