@@ -96,15 +96,16 @@ class HeldOut:
             steps=preset.sampling_steps, guidance_scale=preset.guidance_scale,
         ).cpu()  # fmt: skip
 
-    def scores(self, images: Tensor) -> dict[str, float]:
-        """Mean IoU, the share of hints that are followed, and colour error, if the task is circles."""
+    def scores(self, images: Tensor) -> dict[str, float | list[float]]:
+        """Each hint's IoU and their mean, the share that is followed, and the colour error, if the task is circles."""
         if not self.scored:
             return {}
         iou, errors = circle_iou(images, self.hints), colour_error(images, self.hints, self.prompts)
         followed = (iou >= FOLLOWED).double()
-        return {"iou": iou.mean().item(), "followed": followed.mean().item(), "colour_error": errors.mean().item()}
+        scores = {"iou": iou.mean(), "followed": followed.mean(), "colour_error": errors.mean()}
+        return {name: score.item() for name, score in scores.items()} | {"ious": [round(x, 3) for x in iou.tolist()]}
 
-    def preview(self, controlnet: ControlNet, step: int) -> dict[str, float]:
+    def preview(self, controlnet: ControlNet, step: int) -> dict[str, float | list[float]]:
         """Write previews/step-N.png; returns the scores, the base's beside them."""
         images = self.sample(controlnet)
         rows = {"hint": self.hints * 2 - 1, "step 0": self.step_0, f"step {step}": images, "target": self.targets}

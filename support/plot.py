@@ -11,17 +11,20 @@ PANELS = {  # field of the log -> title
     "heldout_loss": "loss on held-out pairs, fixed times and noise",
     "hint_sensitivity": "hint sensitivity: how far another hint moves ε",
     "hint_gap": "hint gap: what another hint adds to the loss",
-    "iou": "IoU of the sampled disc with the hint's",
+    "iou": "IoU of the sampled disc with the hint's: mean, and thin, each hint",
     "followed": "share of hints that samples follow (IoU at least 0.7)",
 }
 
 
 def curve(history: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a log's field, ready to plot; both empty if it was never measured."""
+    """Steps and values of a log's field, ready to plot; both empty if it was never measured.
+
+    Of a list, one value for each held-out hint, the values are [steps, hints]: a line each.
+    """
     points = [(entry["step"], entry[field]) for entry in history if field in entry]
     if base := [(0, entry[f"base_{field}"]) for entry in history if f"base_{field}" in entry]:
         points = base[:1] + points  # at step 0 the samples are the base's
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    steps, values = (np.array([point[i] for point in points], dtype=float) for i in range(2))
     if field == "loss" and len(values) >= 25:  # a single batch says next to nothing
         steps, values = steps[24:], np.convolve(values, np.full(25, 1 / 25), "valid")
     return steps, values
@@ -44,6 +47,8 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
         for axis, field in zip(axes, panels):
             steps, values = curve(history, field)
             axis.plot(steps, values, f"C{i}", linewidth=1, marker="." if len(values) < 60 else "", label=label)
+            if field == "iou":
+                axis.plot(*curve(history, "ious"), f"C{i}", linewidth=0.4, alpha=0.5)
             for style, step in marks[label].items():
                 if step is not None:
                     axis.axvline(step, color=f"C{i}", linestyle=style, linewidth=0.8)

@@ -42,7 +42,7 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
     assert log[10].keys() == {"step", "loss", "gradient_norm", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
     assert 0 < log[20]["heldout_loss"] < 0.2
-    scores = {"iou", "followed", "colour_error"}
+    scores = {"iou", "ious", "followed", "colour_error"}
     assert scores | {f"base_{score}" for score in scores} <= log[20].keys()
     assert log[20]["base_followed"] in [i / 9 for i in range(10)]
     assert {path.stem for path in (tmp_path / "snapshots").iterdir()} == {"step-0", "step-10", "step-20"}
@@ -83,7 +83,7 @@ def test_step_zero_is_sampled_once(tmp_path, monkeypatch):
     again = HeldOut(sd, pairs, 0, tmp_path)
     assert torch.equal(first.step_0, again.step_0) and first.base_scores == again.base_scores
     assert first.step_0.shape == (2, 3, 64, 64) and first.base_scores.keys() == {
-        "base_iou", "base_followed", "base_colour_error"
+        "base_iou", "base_ious", "base_followed", "base_colour_error"
     }  # fmt: skip
 
 
