@@ -1,4 +1,4 @@
-"""Fig. 3 drawn from the models themselves: `python notebooks/drawing.py` writes docs/architecture.png in a second.
+"""Fig. 3 drawn from the models themselves: `python notebooks/drawing.py` writes docs/architecture.png.
 
 Lengths are pixels of a page WIDTH wide, y points down. The picture has twice as many, to stay sharp on fine screens.
 """
@@ -53,6 +53,7 @@ def output_sizes(unet: UNet, controlnet: ControlNet, image_size: int) -> dict[to
 
 
 def layers(block: Block) -> str:
+    """A block's layers as the boxes name them; the middle block numbers its two ResBlocks."""
     return " + ".join(SHORT.get(name.rstrip("12"), name) for name, _ in block.named_children())
 
 
@@ -152,20 +153,19 @@ def draw_architecture(unet: UNet, controlnet: ControlNet, file: str | Path | Bin
     page.plus(DECODER + half, middle_y)
 
     # What comes in and what goes out.
-    side = image_size // 8
-    page.named_box(
-        ENCODER, LATENT_Y - ROW / 2, "$z_t$, noised latent", f"{unet.config.in_channels} · {side}×{side}", "white"
-    )
+    side, encoder = image_size // 8, controlnet.hint_encoder
+    latent_size = f"{unet.config.in_channels} · {side}×{side}"
+    page.named_box(ENCODER, LATENT_Y - ROW / 2, "$z_t$, noised latent", latent_size, "white")
     page.named_box(DECODER, OUT_Y, "norm + conv", sizes[unet.conv_out], LOCKED)
     page.line((DECODER + BOX, OUT_Y + ROW / 2), (DECODER + BOX + 24, OUT_Y + ROW / 2))
     page.text(DECODER + BOX + 30, OUT_Y + ROW / 2, "ε", 11)
-    page.named_box(COPY, 42, "hint image", f"3 · {image_size}×{image_size}", "white")
+    page.named_box(COPY, 42, "hint image", f"{encoder[0].in_channels} · {image_size}×{image_size}", "white")
     page.line((COPY + half, 42 + ROW), (COPY + half, 78))
-    page.named_box(COPY, 78, "hint encoder", sizes[controlnet.hint_encoder], TRAINED)
-    page.line(
-        (COPY + BOX, 89), (RIGHT, 89), (RIGHT, hint_y), (COPY + half + 7, hint_y), colour=RESIDUAL, linestyle=DASHES
-    )
+    page.named_box(COPY, 78, "hint encoder", sizes[encoder[-2]], TRAINED)
+    way = [(COPY + BOX, 89), (RIGHT, 89), (RIGHT, hint_y), (COPY + half + 7, hint_y)]
+    page.line(*way, colour=RESIDUAL, linestyle=DASHES)
     page.zero(RIGHT, 130)
+    page.text(RIGHT - 14, 130, sizes[encoder[-1]], ha="right")
     page.plus(COPY + half, hint_y)
     end = bottom + ROW + 34
     inputs = [
@@ -198,11 +198,8 @@ def draw_architecture(unet: UNet, controlnet: ControlNet, file: str | Path | Bin
     page.text(380, end, "zero convolution")
     page.plus(499, end)
     page.text(511, end, "sum")
-    page.text(
-        ENCODER,
-        end + 26,
-        "res: ResBlock, attn: transformer. 320 · 64×64: channels · height×width of what a box puts out.",
-    )
+    sizes_are = f"{sizes[unet.encoder[0]]}: channels · height×width of what a box puts out"
+    page.text(ENCODER, end + 26, f"res: ResBlock, attn: transformer. {sizes_are}.")
     page.figure.savefig(file, format="png", dpi=200)
 
 
