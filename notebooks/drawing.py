@@ -98,9 +98,10 @@ class Page:
         self.box(x - 9, y - 8, 18, 16, "white", edge=RESIDUAL, rounding=2, linewidth=1.2)
         self.text(x, y, "0", 8, ha="center", color=RESIDUAL, weight="bold")
 
-    def lock(self, x, y):
-        self.axis.add_patch(Arc((x, y - 2), 8, 12, theta1=180, theta2=360, color=INK, linewidth=1.5, zorder=5))
-        self.axis.add_patch(Rectangle((x - 6, y - 2), 12, 9, color=INK, zorder=5))
+    def lock(self, x, y, scale=0.7):
+        shackle = {"theta1": 180, "theta2": 360, "linewidth": 1.8 * scale, "zorder": 5}
+        self.axis.add_patch(Arc((x, y - 2 * scale), 8 * scale, 12 * scale, color=INK, **shackle))
+        self.axis.add_patch(Rectangle((x - 6 * scale, y - 2 * scale), 12 * scale, 9 * scale, color=INK, zorder=5))
 
 
 def row_tops(unet: UNet, sizes: dict[torch.nn.Module, str]) -> list[float]:
@@ -187,7 +188,9 @@ def draw_architecture(unet: UNet, controlnet: ControlNet, file: str | Path | Bin
         (ENCODER, bottom, "middle"), (COPY, bottom, "its copy"),
     ):  # fmt: skip
         page.text(x, y - 10, words, style="italic")
-    page.lock(ENCODER + 8, 22)
+    for x, y in ((ENCODER, TOP), (DECODER, TOP), (ENCODER, bottom)):
+        page.lock(x + BOX - 8, y - 10)
+    page.lock(ENCODER + 8, 22, scale=1)
     page.text(ENCODER + 22, 22, "Stable Diffusion, locked", 11, weight="bold")
     page.text(COPY, 22, "ControlNet, trained", 11, weight="bold")
     page.line((ENCODER, end), (ENCODER + 28, end), colour=SKIP)
