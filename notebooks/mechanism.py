@@ -1,0 +1,133 @@
+"""Inside the first steps of a training: `python notebooks/mechanism.py` writes docs/logs/mechanism-SEED.jsonl.
+
+The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. After every
+optimizer step, before its gradients are dropped, `Mechanism` looks at the factors on the hint's way to the output:
+
+    hint -> the rest of the hint encoder -> u, its zero convolution -> the copy -> v, the 13 output zero convolutions
+
+A seed whose log has all its steps is not trained again.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from controlnet import ControlNet
+from support.errors import run_command_line
+from support.log import read_log, write_log
+from support.run import WHAT_A_RUN_LEAVES, Run
+from train import parse_arguments, prepare, train
+
+STEPS, SEEDS = 150, range(5)
+FIELDS = ("step", "loss", "lr", "hint_sensitivity", "hint_gap", "heldout_loss")  # of train.py's log
+
+
+class Mechanism:
+    """Measures a ControlNet whenever the optimizer has made a step; `entries` has a dict for each step.
+
+    u_weight, u_bias, v0 to v12: root mean square of the weights of u (its bias apart) and of each v, after the step.
+    features, condition: what enters u and what leaves it, on the given hints, after the step. Root mean square of
+    what varies over the picture: each channel's mean over the picture is taken off.
+    Cosines of gradients, as one vector for all weights and biases of u, of v, and of the rest of the hint encoder
+    (u, v, encoder): turn_* is between this step's gradient and the one before; halves_* between those of the two
+    halves of the step's batch, which share their signal but not their noise. Left out where a gradient is exactly 0.
+    """
+
+    def __init__(self, controlnet: ControlNet, hints: Tensor):
+        *encoder, self.u = controlnet.hint_encoder
+        self.v = [*controlnet.zero_convs, controlnet.middle_zero_conv]
+        self.encoder, self.hints = nn.Sequential(*encoder), hints
+        self.groups = {"u": [self.u], "v": self.v, "encoder": [layer for layer in encoder if hasattr(layer, "weight")]}
+        self.halves, self.before, self.entries = {}, {}, []
+        for conv in (conv for convs in self.groups.values() for conv in convs):
+            conv.register_forward_hook(self.await_gradient)
+
+    def await_gradient(self, conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self.split_gradient, conv, inputs[0].detach()))
+
+    def split_gradient(self, conv: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> None:
+        """The gradients of a convolution's weight and bias, from each half of the batch."""
+        self.halves[conv] = [
+            torch.cat([conv2d_weight(x, conv.weight.shape, g, conv.stride, conv.padding).flatten(), g.sum((0, 2, 3))])
+            for x, g in zip(inputs.chunk(2), gradient.chunk(2))
+        ]
+
+    @torch.no_grad()
+    def measure(self, *_) -> None:
+        entry = {"u_weight": rms(self.u.weight), "u_bias": rms(self.u.bias)}
+        entry |= {f"v{i}": rms(conv.weight) for i, conv in enumerate(self.v)}
+        features = self.encoder(self.hints)
+        entry |= {"features": variation(features), "condition": variation(self.u(features))}
+        for name, convs in self.groups.items():
+            gradient = torch.cat([p.grad.flatten() for conv in convs for p in (conv.weight, conv.bias)])
+            halves = [torch.cat(parts) for parts in zip(*(self.halves[conv] for conv in convs))]
+            entry |= cosine(f"turn_{name}", gradient, self.before.get(name, torch.zeros_like(gradient)))
+            entry |= cosine(f"halves_{name}", *halves)
+            self.before[name] = gradient
+        self.entries.append(entry)
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def variation(features: Tensor) -> float:
+    return rms(features - features.mean((2, 3), keepdim=True))
+
+
+def cosine(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
+    a, b = a.double(), b.double()  # early gradients are so small that their squares are 0 in float32
+    norms = (a.norm() * b.norm()).item()
+    return {name: (a @ b).item() / norms} if norms > 0 else {}
+
+
+def measured_training(seed: int, steps: int) -> list[dict]:
+    """train.py's training of one seed, `steps` long, and what was measured at each step."""
+    folder = ROOT / "runs" / f"mechanism-{seed}"
+    for path in (folder / name for name in WHAT_A_RUN_LEAVES):  # that was stopped half-way; what is encoded stays
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    sys.argv = ["train.py", "--output-dir", str(folder), "--max-train-steps", str(steps), "--seed", str(seed),
+                "--validation-steps", "0", "--snapshot-steps", "0"]  # fmt: skip
+    args = parse_arguments()
+    with Run(args) as run:
+        args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
+        args.preset = dataclasses.replace(args.preset, response_steps=1)  # hint sensitivity and gap at each step
+        mechanism = Mechanism(denoiser.controlnet, held_out.own)
+        optimizer.register_step_post_hook(mechanism.measure)
+        train(args, run, denoiser, optimizer, cached, latent_scale, held_out)
+    entries = [{name: entry[name] for name in FIELDS} | m for entry, m in zip(run.history, mechanism.entries)]
+    return [{name: rounded(value) for name, value in entry.items()} for entry in entries]
+
+
+def rounded(value: int | float) -> int | float:
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Log the factors on the hint's way in the first steps of trainings.")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2 3 4")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "logs", help="folder (default: docs/logs)")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        path = args.output / f"mechanism-{seed}.jsonl"
+        if len(read_log(path)) < args.steps:
+            entries = measured_training(seed, args.steps)
+            if len(entries) < args.steps:
+                sys.exit(f"stopped; {path} is not written, and seed {seed} starts anew next time")
+            write_log(path, entries)
+
+
+if __name__ == "__main__":
+    run_command_line(main)
