@@ -1,4 +1,4 @@
-"""fill50k: pairs of hint (a ring) and target (the disc filled), drawn here or read from a folder."""
+"""fill50k: pairs of hint (a ring) and target (the disc filled), drawn here or read from a folder; and palettes."""
 
 from copy import copy
 from pathlib import Path
@@ -15,7 +15,8 @@ from support.hub import fetch_folder
 from support.listing import open_pair, read_listing
 from support.pictures import fit_image, open_image
 
-DRAWN_PAIRS = 2000  # of --data drawn
+DRAWN = ("drawn", "drawn-palette")  # --data: with a ring as the hint, or with the two colours
+DRAWN_PAIRS = 2000
 DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
 SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart
@@ -39,11 +40,20 @@ def draw_outline(distance: np.ndarray) -> Image.Image:
     return Image.fromarray(np.repeat(np.uint8(outline)[..., None] * 255, 3, axis=2))
 
 
-def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",)) -> Scene:
+def draw_palette(colour: np.ndarray, background: np.ndarray, size: int) -> Image.Image:
+    """A hint that says what colours to paint and not where: the shape's on the left, the background's on the right."""
+    halves = np.where(np.arange(size)[:, None] < size // 2, colour, background)  # [size, 3], one row of it
+    return Image.fromarray(np.repeat(np.uint8(halves)[None], size, axis=0))
+
+
+def draw_scene(
+    rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("circle",), palette: bool = False
+) -> Scene:
     """One random scene of `size` x `size` pixels, in the ranges measured on 48 pictures of the real fill50k.
 
     Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border; the hint is a pure 0/255 outline
-    about 1 % of the side wide, the target the filled shape on a background of another CSS colour.
+    about 1 % of the side wide, or else the palette; the target is the filled shape on a background of another CSS
+    colour.
     """
     shape = shapes[rng.integers(len(shapes))]
     radius = rng.uniform(1 / 8, 1 / 2) * size
@@ -56,15 +66,15 @@ def draw_scene(rng: np.random.Generator, size: int, shapes: tuple[str, ...] = ("
 
     y, x = np.mgrid[:size, :size] + 0.5
     distance = signed_distance(shape, x - centre_x, y - centre_y, radius)
-    hint = draw_outline(distance)
+    hint = draw_palette(colour, background, size) if palette else draw_outline(distance)
     coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape: a smooth edge
     target = np.uint8(np.round(background + coverage * (colour - background)))
     return hint, Image.fromarray(target), f"{name} {shape} with {background_name} background"
 
 
-def draw_fill50k(index: int, size: int = 512, seed: int = 0) -> Scene:
-    """Pair `index` of an endless set like fill50k, the same for the same (index, size, seed)."""
-    return draw_scene(np.random.default_rng([seed, index]), size)
+def draw_fill50k(index: int, size: int = 512, seed: int = 0, palette: bool = False) -> Scene:
+    """Pair `index` of an endless set like fill50k, the same for the same (index, size, seed), whatever its hint."""
+    return draw_scene(np.random.default_rng([seed, index]), size, palette=palette)
 
 
 class Pairs(Dataset):
@@ -118,29 +128,30 @@ class PairedImages(Pairs):
 class DrawnImages(Pairs):
     """`count` pairs of draw_fill50k, drawn when they are asked for."""
 
-    def __init__(self, count: int, resolution: int, seed: int = 0):
-        self.resolution, self.seed = resolution, seed
+    def __init__(self, count: int, resolution: int, seed: int = 0, palette: bool = False):
+        self.resolution, self.seed, self.palette = resolution, seed, palette
         # A scene is the same at any size, and the smallest picture is the fastest to draw.
         self.prompts = [draw_fill50k(i, 1, seed)[2] for i in range(count)]
 
     def pictures(self, index: int) -> tuple[Image.Image, Image.Image]:
-        return draw_fill50k(index, self.resolution, self.seed)[:2]
+        return draw_fill50k(index, self.resolution, self.seed, self.palette)[:2]
 
     def name(self, index: int) -> str:
         return f"drawn pair {index}"
 
     def content(self, index: int) -> str:
-        return f"{self.seed} {index}"
+        return f"{self.seed} {index}{' palette' * self.palette}"
 
 
 def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[Pairs, Pairs]:
     """The pairs to train on, and `held_out` others that are never trained on, but at most a tenth of a folder's.
 
-    `source` is "drawn", "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB) or a folder.
-    A folder of fewer than ten pairs has none to spare; its first pairs then serve as both. Raises UserError.
+    `source` is one of DRAWN, "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB), or a
+    folder. A folder of fewer than ten pairs has none to spare; its first pairs then serve as both. Raises UserError.
     """
-    if source == "drawn":
-        return DrawnImages(DRAWN_PAIRS, resolution, seed), DrawnImages(held_out, resolution, DRAWN_HELD_OUT)
+    if source in DRAWN:
+        sets = ((DRAWN_PAIRS, seed), (held_out, DRAWN_HELD_OUT))
+        return tuple(DrawnImages(count, resolution, s, palette=source == "drawn-palette") for count, s in sets)
     if source == "fill50k":
         advice = "unpack a copy and pass its folder with --data"
         source = fetch_folder("lllyasviel/ControlNet", "training/fill50k.zip", Path("fill50k"), "prompt.json", advice)

@@ -37,7 +37,7 @@ def parse_arguments() -> Namespace:
     parser = options.ArgumentParser(description="Train a ControlNet on pairs of hint and picture.")
     add, whole = parser.add_argument, options.positive_int
     add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file")
-    add("--data", help=f"drawn, fill50k (fetched once), or a folder in fill50k's layout {both('data')}")
+    add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
     add("--output-dir", type=Path, default=Path("runs/controlnet"), decides=False, help="default: runs/controlnet")
     add("--max-train-steps", type=whole, help=f"optimizer steps {both('max_train_steps')}")
     add("--train-batch-size", type=whole, help=f"of each process {both('train_batch_size')}")

@@ -11,6 +11,7 @@ from PIL import Image
 from standin import ROOT, SAMPLE
 
 from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_pairs
+from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
 from support.errors import UserError
 from support.hub import fetch_folder
@@ -69,6 +70,18 @@ def test_drawn_pairs():
     assert pairs.prompts[3] == prompt
     assert torch.equal(pairs.hint(3), fit_image(hint, 64))
     assert torch.equal(pairs.image(3), fit_image(target, 64) * 2 - 1)
+
+
+def test_palettes_show_the_two_colours_of_the_same_pictures():
+    rings, palettes = DrawnImages(5, 64, seed=1), open_pairs("drawn-palette", 64, seed=1, held_out=1)[0]
+    assert palettes.prompts[:5] == rings.prompts
+    for i in range(5):
+        assert torch.equal(palettes.image(i), rings.image(i))
+        hint, colours = palettes.hint(i), prompt_colours(palettes.prompts[i])
+        assert torch.equal(hint[:, :, :32], colours[0, :, None, None].expand(3, 64, 32).float())
+        assert torch.equal(hint[:, :, 32:], colours[1, :, None, None].expand(3, 64, 32).float())
+        assert palettes.content(i) != rings.content(i)
+    assert not is_circle_task(palettes.hint(0)[None], palettes.prompts[:1])
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from controlnet import ControlNet
-from data import PairedImages, Pairs, open_pairs
+from data import DRAWN, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
 from sample import load_decoders
 from stable_diffusion import StableDiffusion
@@ -225,7 +225,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--base", default="tiny", help="as for sample.py (default: tiny)")
     add("--controlnet", required=True, help="as for sample.py, or a folder with a training's checkpoints")
-    add("--data", help="drawn, fill50k, or a folder of pairs: its last ones (default: tiny drawn, sd15 fill50k)")
+    add("--data", help="as for train.py; of a folder, its last pairs (default: tiny drawn, sd15 fill50k)")
     add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
     add("--resolution", type=options.side, help="a multiple of 64 (default: tiny 128, sd15 512)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
@@ -247,7 +247,7 @@ def main() -> None:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
-    if args.data in ("drawn", "fill50k"):
+    if args.data in (*DRAWN, "fill50k"):
         _, pairs = open_pairs(args.data, args.resolution, 0, args.pairs)
     else:
         pairs = PairedImages(args.data, args.resolution).select(slice(-args.pairs, None))
