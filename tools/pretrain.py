@@ -1,7 +1,8 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
 `python -m tools.pretrain` runs all stages (merges, vae, text, unet, refine, measure) and writes models/tiny; with a
-stage's name it runs that one. A stage that was stopped goes on where it was.
+stage's name it runs that one. A stage that was stopped goes on where it was. `python -m tools.pretrain dusk` fine-tunes
+what ships to paint in another light, runs/pretrain/dusk: a second base, to move a ControlNet to (Fig. 12).
 """
 
 import json
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_wo
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
+from metrics import prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
@@ -36,13 +39,28 @@ from weights import official_state_dict
 
 SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
-STEPS = {"vae": 4000, "text": 600, "unet": 7000, "refine": 9500}
-BATCH = {"vae": 16, "text": 128, "unet": 32, "refine": 16}
-LEARNING_RATE = {"vae": 1e-3, "text": 1e-3, "unet": 1e-3, "refine": 7e-4}  # at its peak
-AVERAGED = {"vae": 500, "text": 500, "unet": 500, "refine": 2000}  # steps that the running average goes back
+
+
+class Fit(NamedTuple):
+    """How a network is trained."""
+
+    steps: int
+    batch: int
+    learning_rate: float  # at its peak
+    averaged: int  # steps that the running average of the weights goes back
+
+
+FITS = {
+    "vae": Fit(4000, 16, 1e-3, 500),
+    "text": Fit(600, 128, 1e-3, 500),
+    "unet": Fit(7000, 32, 1e-3, 500),
+    "refine": Fit(9500, 16, 7e-4, 2000),
+    "dusk": Fit(1500, 16, 5e-4, 500),
+}
 CHECKPOINT_EVERY = 500
+DUSK = 0.6  # of the brightness is lost where it is darkest
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-LATENTS = 20_000  # scenes that the UNet is trained on
+LATENTS, LATENTS_DUSK = 20_000, 2000  # scenes that the UNet is trained on
 
 
 def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tensor, list[str]]:
@@ -102,9 +120,9 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
     loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so that
     a resumed run goes on as if it had not stopped. show(averaged module, step) is called at each checkpoint.
     """
-    steps, path = STEPS[stage], folder / f"{stage}.safetensors"
+    steps, path = FITS[stage].steps, folder / f"{stage}.safetensors"
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    average = AveragedModel(module, avg_fn=running_average(AVERAGED[stage]))
+    average = AveragedModel(module, avg_fn=running_average(FITS[stage].averaged))
     start = 0
     if path.exists():
         tensors, metadata = read_tensors(path)
@@ -124,7 +142,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
             rate = min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps) + 0.01)  # constant, then down to 0
-            optimizer.param_groups[0]["lr"] = rate * LEARNING_RATE[stage]
+            optimizer.param_groups[0]["lr"] = rate * FITS[stage].learning_rate
             loss, values = loss_fn(step, torch.Generator().manual_seed(SEED + step))
             optimizer.zero_grad()
             loss.backward()
@@ -192,11 +210,12 @@ def train_vae(folder: Path) -> None:
     vae = AutoencoderKL(TINY.vae).to(memory_format=torch.channels_last)
     pass_colours_through(vae)
     unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
+    steps, batch, *_ = FITS["vae"]
 
     def loss_fn(step, generator):
         # Small scenes first: the same edges and colours at a sixteenth of the work.
-        size = 32 if step < 0.35 * STEPS["vae"] else 64 if step < 0.85 * STEPS["vae"] else 128
-        images, _ = draw_batch(TRAIN, range(BATCH["vae"] * step, BATCH["vae"] * (step + 1)), size)
+        size = 32 if step < 0.35 * steps else 64 if step < 0.85 * steps else 128
+        images, _ = draw_batch(TRAIN, range(batch * step, batch * (step + 1)), size)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             moments = vae.encode(images).float()
@@ -262,14 +281,14 @@ class TinyCLIP(nn.Module):
 
 def train_text(folder: Path) -> None:
     torch.manual_seed(SEED)
-    tokenizer, clip = load_merges(folder), TinyCLIP()
+    tokenizer, clip, batch = load_merges(folder), TinyCLIP(), FITS["text"].batch
 
     def similarities(model, stream, first, count):
         images, captions = draw_batch(stream, range(first, first + count), 32)
         return model(tokenizer(captions), images)
 
     def loss_fn(step, generator):
-        logits = similarities(clip, TRAIN, BATCH["text"] * step, BATCH["text"])
+        logits = similarities(clip, TRAIN, batch * step, batch)
         labels = torch.arange(len(logits))
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2, {}
 
@@ -287,13 +306,15 @@ def train_text(folder: Path) -> None:
 
 
 @torch.no_grad()
-def encode_scenes(folder: Path, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+def encode_scenes(folder: Path, vae: AutoencoderKL, stage: str) -> tuple[Tensor, list[str]]:
     """Moments [N, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
-    path = folder / "latents.safetensors"
+    path = folder / ("dusk-latents.safetensors" if stage == "dusk" else "latents.safetensors")
     if not path.exists():
         moments, captions = [], []
-        for first in tqdm(range(0, LATENTS, 32), desc="encode"):
+        for first in tqdm(range(0, LATENTS_DUSK if stage == "dusk" else LATENTS, 32), desc="encode"):
             images, texts = draw_batch(TRAIN, range(first, first + 32), TINY.resolution)
+            if stage == "dusk":
+                images = at_dusk(images, texts)
             with torch.autocast("cpu", torch.bfloat16):
                 moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).float())
             captions += texts
@@ -303,16 +324,19 @@ def encode_scenes(folder: Path, vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
 
 
 def train_unet(folder: Path, stage: str = "unet") -> None:
-    """Stage "unet", from nothing, or "refine", from there on: smaller batches and a longer average for the outlines."""
+    """Stage "unet", from nothing; "refine", from there on, for the outlines; or "dusk", from what ships."""
     torch.manual_seed(SEED)
-    sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
-    sd.to(memory_format=torch.channels_last)
-    load_trained(folder, "vae", sd.vae)
-    load_trained(folder, "text", sd.text_encoder, "text.")
-    sd.vae.requires_grad_(False)
-    moments, captions = encode_scenes(folder, sd.vae)
-    noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
-    sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
+    if stage == "dusk":
+        sd = StableDiffusion.load("tiny")
+    else:
+        sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
+        load_trained(folder, "vae", sd.vae)
+        load_trained(folder, "text", sd.text_encoder, "text.")
+    sd.to(memory_format=torch.channels_last).vae.requires_grad_(False)
+    moments, captions = encode_scenes(folder, sd.vae, stage)
+    if stage != "dusk":
+        noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
+        sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     # Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
     # picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so in the second
@@ -326,7 +350,7 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
-        chosen = torch.randint(len(moments), (BATCH[stage],), generator=generator)
+        chosen = torch.randint(len(moments), (FITS[stage].batch,), generator=generator)
         prompts = ids[chosen]
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
         noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
@@ -336,7 +360,7 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
         errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
-        most = 25 if stage == "unet" and step < STEPS["unet"] // 2 else 8
+        most = 25 if stage == "unet" and step < FITS["unet"].steps // 2 else 8
         return (weights[t].clamp(1, most) * errors).mean(), {"eps": errors.detach().mean()}
 
     @torch.no_grad()
@@ -349,16 +373,31 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
 
     average = fit(stage, folder, learning, loss_fn, show)
     sd.unet, sd.text_encoder = average["unet"], average["text"]
-    pack(sd, folder)
+    if stage == "dusk":
+        pack(sd, folder / "dusk" / TINY_FILE.name, TINY_FILE.parent)
+    else:
+        pack(sd, TINY_FILE, folder)
 
 
-def pack(sd: StableDiffusion, folder: Path) -> None:
-    """Write the miniature as it ships: in half precision, under official names, its sizes in the metadata."""
+def at_dusk(images: Tensor, captions: list[str]) -> Tensor:
+    """Scenes [B, 3, H, W] in [-1, 1] in another light: shapes lit from above, the background from below."""
+    colour, background = (
+        torch.stack([prompt_colours(caption) for caption in captions]).float()[..., None, None].unbind(1)
+    )
+    images, contrast = images / 2 + 0.5, colour - background
+    share = ((images - background) * contrast).sum(1, keepdim=True) / contrast.square().sum(1, keepdim=True)
+    depth = (torch.arange(images.shape[2]) + 0.5)[:, None] / images.shape[2]  # 0 at the top, 1 at the bottom
+    lit = share * colour * (1 - DUSK * depth) + (1 - share) * background * (1 - DUSK * (1 - depth))
+    return lit * 2 - 1
+
+
+def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
+    """Write a miniature as it ships: in half precision, under official names, its sizes in the metadata."""
     tensors = {k: v.half() for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
-    save_tensors(tensors, TINY_FILE, config_metadata(sd))
-    merges = (folder / "merges.txt").read_bytes()
-    write_atomically(TINY_FILE.parent / "merges.txt", lambda path: path.write_bytes(merges))
-    print(f"wrote {TINY_FILE}, {TINY_FILE.stat().st_size / 1e6:.1f} MB")
+    save_tensors(tensors, path, config_metadata(sd))
+    text = (merges / "merges.txt").read_bytes()
+    write_atomically(path.parent / "merges.txt", lambda temporary: temporary.write_bytes(text))
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 @torch.no_grad()
@@ -384,19 +423,19 @@ def measure(folder: Path) -> None:
 def main() -> None:
     stages = {
         "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
-        "refine": partial(train_unet, stage="refine"), "measure": measure,
+        "refine": partial(train_unet, stage="refine"), "measure": measure, "dusk": partial(train_unet, stage="dusk"),
     }  # fmt: skip
     parser = ArgumentParser(
         prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
     )
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; all of them by default")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all but dusk")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
     args = parser.parse_args()
     for stage in args.stages:
         if stage not in stages:
             raise UserError(f"no stage {stage!r}: choose from {', '.join(stages)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages or stages:
+    for stage in args.stages or list(stages)[:-1]:
         stages[stage](args.output_dir)
 
 
