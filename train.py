@@ -43,6 +43,7 @@ def parse_arguments() -> Namespace:
     add("--train-batch-size", type=whole, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=whole, default=1, help="batches for each step (default: 1)")
     add("--learning-rate", type=options.positive_float, help=both("learning_rate"))
+    add("--cooldown-steps", type=options.count_or_zero, help=f"last ones, with a falling rate {both('cooldown_steps')}")
     add("--proportion-empty-prompts", type=options.share, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.seed, default=0)
@@ -117,6 +118,8 @@ def train(
         export(args, run, denoiser, snapshot=True)
 
     for step in run.steps():
+        left = args.max_train_steps - step
+        rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (left + 1) / (args.cooldown_steps + 1))
         loss, names = torch.zeros((), device=run.device), []
         for i in range(batches_per_step):
             batch = next(batches)
@@ -141,7 +144,7 @@ def train(
         run.scaler.update()
         optimizer.zero_grad()
 
-        entry = run.finished({"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": args.learning_rate})
+        entry = run.finished({"step": step, "loss": loss, "gradient_norm": gradient_norm, "lr": rate})
         if run.due(step, args.preset.response_steps):
             entry |= held_out.response(denoiser)
         if run.due(step, args.validation_steps):

@@ -436,8 +436,8 @@ def test_what_may_change_on_resume():
     """Every option says for itself whether it decides the result; these do."""
     assert train_options() == [
         "base", "data", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
-        "proportion_empty_prompts", "resolution", "seed", "mixed_precision", "validation_hints", "hint_init",
-        "connection", "copy", "only_mid_control", "unlock_decoder",
+        "cooldown_steps", "proportion_empty_prompts", "resolution", "seed", "mixed_precision", "validation_hints",
+        "hint_init", "connection", "copy", "only_mid_control", "unlock_decoder",
     ]  # fmt: skip
 
 
