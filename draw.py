@@ -11,16 +11,14 @@ from torch import Tensor
 
 from controlnet import ControlNet
 from data import draw_outline, signed_distance
-from sample import CONTROL_MODES, brings_decoder, generate
+from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
 from support import options
-from support.checkpoints import steps_in
+from support.checkpoints import find_snapshots
 from support.detect import add_options, detector
-from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
-from support.diffusers_format import CONTROLNET_FILES
+from support.devices import choose_device, sampling_precision
 from support.errors import UserError, run_command_line
-from support.files import read_json
-from support.hub import locate
+from support.loading import brings_decoder, load_to_sample, locate_controlnet
 from support.log import read_log
 from support.pictures import fit_image, to_picture
 from support.threads import as_it_happens
@@ -75,24 +73,14 @@ class Painter:
         )
 
 
-def find_snapshots(run: Path) -> tuple[str, dict[int, Path]]:
-    """The base of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
-    base, paths = read_json(run / "config.json")["base"], steps_in(run / "snapshots", ".safetensors")
-    if not paths:
-        raise UserError(f"{run / 'snapshots'} has no snapshots: train with --snapshot-steps 10")
-    return base, dict(sorted(paths.items()))
-
-
 def parse_arguments():
     parser = options.ArgumentParser(description="A page where one draws a hint and sees what a ControlNet makes of it.")
     add = parser.add_argument
-    add("--base", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file (default: tiny)")
-    add("--controlnet", help="a file, a folder, owner/repo:file or owner/repo (default: the miniature's)")
+    add("--base", help=options.BASE)
+    add("--controlnet", help=f"{options.CONTROLNET} (default: the miniature's)")
     add("--run", type=Path, help="a training's folder, whose snapshots a slider moves through")
-    add_options(parser)
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
-    add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
-    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
+    add_options(parser)  # --detect, --canny-low, --canny-high
+    options.add_placing(parser)  # --precision, --resolution, --device
     add("--port", type=options.port, default=7860, help="of the page's address (default: 7860)")
     args = parser.parse_args()
     if args.run and (args.base or args.controlnet):
@@ -108,14 +96,10 @@ def main() -> None:
     if args.run:
         args.base, paths = find_snapshots(args.run)
     else:
-        source = args.controlnet or str(SHIPPED)
-        paths = {0: locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE")}
+        paths = {0: locate_controlnet(args.controlnet or SHIPPED)}
     if brings_decoder(paths[max(paths)]):
         raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
-    sd = StableDiffusion.load(args.base or "tiny")
-    print(f"sampling on {describe(device)}")
-    warn_if_slow(sd.unet, device)
-    place_for_sampling(sd, [], device, sampling_precision(args.precision, device))
+    sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device))
     detect = detector(args.detect, args.canny_low, args.canny_high)
     painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
     painter.controlnet(max(paths))  # so that a wrong file is told of now

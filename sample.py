@@ -13,14 +13,12 @@ from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
 from support.detect import add_options, detector
-from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
-from support.diffusers_format import CONTROLNET_FILES
+from support.devices import choose_device, sampling_precision
 from support.errors import UserError, run_command_line, warn_if_cut
-from support.files import make_folder, read_tensors
-from support.hub import locate
+from support.files import make_folder
+from support.loading import load_to_sample, locate_controlnet
 from support.pictures import fit_image, open_image, save_samples
 from support.randomness import DDIM_NOISE, generator_for
-from weights import load_controlnet, load_official, official_state_dict
 
 AT_ONCE = 8  # images in a batch: more would take more memory than a training step
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
@@ -94,27 +92,12 @@ def generate(
     return decode(z0)
 
 
-def brings_decoder(path: Path) -> bool:
-    """Whether a decoder that was trained with it (train.py --unlock-decoder) is in a ControlNet's file."""
-    return not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]
-
-
-def load_decoders(sd: StableDiffusion, paths: list[Path]) -> bool:
-    """Load a decoder that was trained with a ControlNet into the UNet; True if one was."""
-    marked = [path for path in paths if brings_decoder(path)]
-    if len(marked) > 1:
-        raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
-    for path in marked:
-        load_official(sd.unet, official_state_dict(sd.unet) | read_tensors(path)[0], str(path))
-    return bool(marked)
-
-
 def parse_arguments():
     parser = options.ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
     add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
     ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
-    add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file")
-    add("--controlnet", action="append", default=[], help="a file, a folder, owner/repo:file or owner/repo; repeatable")
+    add("--base", default="tiny", help=options.BASE)
+    add("--controlnet", action="append", default=[], help=f"{options.CONTROLNET}; repeatable")
     add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
     add_options(parser, several=True)  # --detect, --canny-low, --canny-high
     add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
@@ -126,10 +109,8 @@ def parse_arguments():
     add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
     add("--control-start", type=options.share, default=0.0, help="share of the steps before it starts (default: 0)")
     add("--control-end", type=options.share, default=1.0, help="share of the steps after which it ends (default: 1)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
-    add("--resolution", type=options.side, help="shorter side, a multiple of 64 (default: tiny 128, sd15 512)")
+    options.add_placing(parser)  # --precision, --resolution, --device
     add("--seed", type=options.seed, default=0, help="sample i starts from seed + i")
-    add("--device", decides=False, help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     add("--output", type=options.png, default=Path("out.png"), decides=False, help="the row; samples: out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
@@ -146,14 +127,9 @@ def main() -> None:
     device = choose_device(args.device)
     detectors = [detector(kind, args.canny_low, args.canny_high) for kind in args.detect]
     pictures = [open_image(path) for path in args.hint]
-    paths = [locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE") for source in args.controlnet]
-    sd = StableDiffusion.load(args.base)
-    controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
-    load_decoders(sd, paths)
-    print(f"sampling on {describe(device)}")
-    warn_if_slow(sd.unet, device)
+    paths = [locate_controlnet(source) for source in args.controlnet]
     args.precision = sampling_precision(args.precision, device)
-    place_for_sampling(sd, controlnets, device, args.precision)
+    sd, controlnets = load_to_sample(args.base, paths, device, args.precision)
     args = options.with_defaults(args, sd.preset)
     pictures = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     hints = [detect(picture) for detect, picture in zip(detectors, pictures, strict=True)]

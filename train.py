@@ -36,7 +36,7 @@ def parse_arguments() -> Namespace:
 
     parser = options.ArgumentParser(description="Train a ControlNet on pairs of hint and picture.")
     add, whole = parser.add_argument, options.positive_int
-    add("--base", default="tiny", help="tiny (ships here), sd15 (fetched once), a file, a folder, owner/repo:file")
+    add("--base", default="tiny", help=options.BASE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
     add("--output-dir", type=Path, default=Path("runs/controlnet"), decides=False, help="default: runs/controlnet")
     add("--max-train-steps", type=whole, help=f"optimizer steps {both('max_train_steps')}")
@@ -65,7 +65,7 @@ def parse_arguments() -> Namespace:
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
     add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
     add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", decides=False, help="beside log.jsonl")
-    add("--device", decides=False, help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
+    options.add_device(parser)
     args = parser.parse_args()
     if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("--report-to tensorboard: not installed; pip install tensorboard, or leave it out")

@@ -82,6 +82,14 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
     }
 
 
+def find_snapshots(run: Path) -> tuple[str, dict[int, Path]]:
+    """The base of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
+    base, paths = read_json(run / CONFIG)["base"], steps_in(run / "snapshots", ".safetensors")
+    if not paths:
+        raise UserError(f"{run / 'snapshots'} has no snapshots: train with --snapshot-steps 10")
+    return base, dict(sorted(paths.items()))
+
+
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
     """The folder that --resume-from-checkpoint means; None for "latest" when a run was stopped before its first one.
 

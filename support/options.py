@@ -40,6 +40,25 @@ def one_each(name: str, values: list, default, controlnets: int) -> list:
     return values if len(values) > 1 else (values or [default]) * controlnets
 
 
+# What options with one meaning in several programs are called in their help.
+BASE = "tiny (ships here; the default), sd15 (fetched once), a file, a folder, owner/repo:file"
+CONTROLNET = "a file, a folder, owner/repo:file or owner/repo"
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """Add --device, as choose_device takes it."""
+    told = "cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)"
+    parser.add_argument("--device", decides=False, help=told)
+
+
+def add_placing(parser: ArgumentParser) -> None:
+    """Add --precision, --resolution and --device, of a program that samples."""
+    told, sizes = "auto: half on a GPU, else fp32", "shorter side, a multiple of 64 (default: tiny 128, sd15 512)"
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=told)
+    parser.add_argument("--resolution", type=side, help=sizes)
+    add_device(parser)
+
+
 # Types of command-line options.
 
 

@@ -20,6 +20,7 @@ from controlnet import ControlNet
 from data import draw_fill50k
 from metrics import circle_iou
 from stable_diffusion import StableDiffusion
+from support.checkpoints import find_snapshots
 from support.errors import UserError
 from support.pictures import fit_image, open_image
 from support.threads import as_it_happens
@@ -46,7 +47,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def painter(run):
     sd = StableDiffusion.load("tiny")
-    return draw.Painter(sd, draw.find_snapshots(run)[1], sd.preset.resolution, lambda hint: hint)
+    return draw.Painter(sd, find_snapshots(run)[1], sd.preset.resolution, lambda hint: hint)
 
 
 SETTINGS = {"prompt": "coral circle with navy background", "seed": 0, "guidance_scale": 3.0, "steps": 10}

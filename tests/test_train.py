@@ -18,11 +18,11 @@ import train
 from controlnet import ControlNet, Denoiser
 from convergence import RESPONSE_TIMES, HeldOut
 from data import DrawnImages
-from sample import load_decoders
 from stable_diffusion import SD15, StableDiffusion
 from support.devices import fast_precision, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.files import read_tensors
+from support.loading import load_decoders
 from support.randomness import generator_for, index_batches
 from unet import UNet
 from weights import load_controlnet, official_state_dict

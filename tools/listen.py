@@ -16,14 +16,12 @@ from torch import Tensor
 from controlnet import ControlNet
 from data import DRAWN, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
-from sample import load_decoders
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
-from support.diffusers_format import CONTROLNET_FILES
 from support.errors import UserError
 from support.files import write_atomically
-from support.hub import locate
+from support.loading import load_decoders, locate_controlnet
 from support.randomness import HELD_OUT, generator_for
 from support.reading import read_controlnet
 from vae import sample_latent
@@ -227,10 +225,8 @@ def parse_arguments():
     add("--controlnet", required=True, help="as for sample.py, or a folder with a training's checkpoints")
     add("--data", help="as for train.py; of a folder, its last pairs (default: tiny drawn, sd15 fill50k)")
     add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
-    add("--resolution", type=options.side, help="a multiple of 64 (default: tiny 128, sd15 512)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: half on a GPU, else fp32")
+    options.add_placing(parser)  # --precision, --resolution, --device
     add("--seed", type=options.seed, default=0, help="of noise and times")
-    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)")
     add("--output", type=options.png, default=Path("convergence.png"), help="the curve over a folder's checkpoints")
     return parser.parse_args()
 
@@ -241,7 +237,7 @@ def main() -> None:
     found = steps_in_folder(Path(args.controlnet))
     paths = {step: path for step, path in found.items() if readable(path)}
     if not found:
-        paths = {0: locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")}
+        paths = {0: locate_controlnet(args.controlnet)}
         read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
     if not paths:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")

@@ -19,10 +19,11 @@ from data import draw_fill50k
 from sample import generate
 from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options
-from support.diffusers_format import BASE_FILES, CONTROLNET_FILES, controlnet_settings, weights_in
+from support.diffusers_format import BASE_FILES, controlnet_settings, weights_in
 from support.errors import UserError, run_command_line
 from support.files import save_json
 from support.hub import locate
+from support.loading import locate_controlnet
 from support.pictures import fit_image
 from support.reading import read_controlnet, refuse_own
 from support.sizes import hint_channels
@@ -167,7 +168,7 @@ def main() -> None:
     if missing := next((name for name in ("diffusers", "transformers") if find_spec(name) is None), None):
         raise UserError(f"{missing} is not installed: pip install -r requirements-dev.txt")
     base = locate(SOURCES.get(args.base, args.base), BASE_FILES, "pass a local checkpoint with --base FILE")
-    control = args.controlnet and locate(args.controlnet, CONTROLNET_FILES, "pass a local --controlnet FILE")
+    control = args.controlnet and locate_controlnet(args.controlnet)
 
     if control:
         part, *_ = read_controlnet(control, CONTROLNETS)
