@@ -4,8 +4,6 @@ import importlib.util
 import io
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import time
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT
 
 import draw
 from controlnet import ControlNet
@@ -24,9 +21,9 @@ from support.checkpoints import find_snapshots
 from support.errors import UserError
 from support.pictures import fit_image, open_image
 from support.threads import as_it_happens
+from tools.capture_page import BROWSER, address_of, draw_ring, go_to, served, settled
 from weights import save_controlnet
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PLAYWRIGHT = importlib.util.find_spec("playwright")
 
 
@@ -141,26 +138,12 @@ def address(run, tmp_path_factory):
         pytest.skip("playwright is not installed")
     if not BROWSER:
         pytest.skip("no Chromium or Chrome is installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    temporary = tmp_path_factory.mktemp("temporary")
-    log = temporary.parent / "page.log"
-    command = [sys.executable, "draw.py", "--run", str(run), "--port", str(port)]
-    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(temporary), "HOME": str(temporary), "GOMP_SPINCOUNT": "10000"}
-    with open(log, "w") as file:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert server.poll() is None, log.read_text()
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(60)
-    assert "Traceback" not in log.read_text(), log.read_text()
-    assert not list(temporary.glob("draw-*"))  # nothing that was sent or shown is kept
+    folder = tmp_path_factory.mktemp("page")
+    with served(run, folder) as address:
+        yield address
+    log = (folder / "page.log").read_text()
+    assert "Traceback" not in log, log
+    assert not list((folder / "temporary").glob("draw-*"))  # nothing that was sent or shown is kept
 
 
 @pytest.fixture
@@ -183,21 +166,6 @@ def page(address):
         assert not elsewhere and not complaints
 
 
-def address_of(page, name: str) -> str | None:
-    image = page.locator(f"#{name} img")
-    return image.get_attribute("src") if image.count() else None
-
-
-def settled(page, quiet: float = 3.0) -> None:
-    """Wait until none of the three pictures has changed for so many seconds."""
-    seen, since = None, time.monotonic()
-    while time.monotonic() - since < quiet:
-        now = [address_of(page, name) for name in ("hint", "sample", "alone")]
-        if now != seen:
-            seen, since = now, time.monotonic()
-        page.wait_for_timeout(100)
-
-
 def shown(page, name: str) -> torch.Tensor:
     """A picture on the page, [1, 3, H, W] in [-1, 1]."""
     data = page.request.get(address_of(page, name)).body()
@@ -212,20 +180,6 @@ def message(page) -> str:
     return text
 
 
-def draw_ring(page, x: float, y: float, radius: float) -> None:
-    page.get_by_role("tab", name="Draw").click()
-    canvas = page.locator("#canvas canvas")
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    for i in range(41):
-        angle = 2 * np.pi * i / 40
-        place = x + radius * np.cos(angle), y + radius * np.sin(angle)
-        page.mouse.move(box["x"] + place[0] * box["width"], box["y"] + place[1] * box["height"])
-        if i == 0:
-            page.mouse.down()
-    page.mouse.up()
-
-
 def test_the_picture_follows_the_ring_that_is_drawn(page):
     """With the trained snapshot; before the first step it is the base's picture, bit for bit."""
     draw_ring(page, 0.4, 0.55, 0.25)
@@ -234,9 +188,7 @@ def test_the_picture_follows_the_ring_that_is_drawn(page):
     assert circle_iou(shown(page, "sample"), hint).item() > 0.7 > circle_iou(shown(page, "alone"), hint).item()
     rows, columns = torch.nonzero(hint[0, 0] > 0.5).double().T / 128
     assert abs(rows.mean() - 0.55) < 0.01 and abs(columns.mean() - 0.4) < 0.01
-    number = page.locator("#step input[type=number]")
-    number.fill("0")
-    number.press("Enter")
+    go_to(page, 0)
     settled(page)
     assert torch.equal(shown(page, "sample"), shown(page, "alone"))
 
@@ -279,6 +231,43 @@ def test_twenty_quick_presses(page):
     pressed = time.monotonic() - began
     settled(page)
     assert len(asked) <= 2 + pressed  # each takes about a second: the first, one for each that was finished, the last
+
+
+def test_a_full_queue(page, address):
+    """One long job runs, and as many wait as may: a further user is told in one sentence, the others are served."""
+    from support.page import WAITING
+
+    further = page.context.browser.new_page()
+    further.set_default_timeout(120_000)
+    further.goto(address)
+    settled(further)
+    before = address_of(page, "sample")
+    page.get_by_role("button", name="Settings").click()
+    number = page.get_by_label("number input for DDIM steps")
+    with page.expect_request("**/queue/join*") as asked:
+        number.fill("50")
+        number.press("Enter")
+    while address_of(page, "sample") == before:  # until it runs
+        page.wait_for_timeout(50)
+    request, users, answer = asked.value, [], None
+    *values, _, mode = request.post_data_json["data"]
+    while len(users) < 2 * WAITING:  # other users, as their browsers would ask, for one DDIM step each
+        body = request.post_data_json | {"session_hash": f"user{len(users)}", "data": [*values, 1, mode]}
+        answer = page.request.post(request.url, data=body)
+        if not answer.ok:
+            break
+        users.append(body["session_hash"])
+    further.get_by_role("button", name="Paint").click()
+    assert message(further) == "This application is currently busy. Please try again."
+    assert answer.status == 503 and len(users) == WAITING
+    long = address_of(page, "sample")
+    settled(page)
+    assert address_of(page, "sample") != long
+    for user in users:
+        said = page.request.get(f"{address}/gradio_api/queue/data?session_hash={user}").text()
+        events = [json.loads(line.removeprefix("data: ")) for line in said.splitlines() if line]
+        done = next(event for event in events if event["msg"] == "process_completed")
+        assert done["success"] and page.request.get(done["output"]["data"][-1]["url"]).ok
 
 
 def test_all_steps_at_once(page):
