@@ -25,7 +25,7 @@ LARGEST_FILE, LARGEST_PICTURE = 20 * 2**20, 50_000_000  # that is read: bytes, p
 WAITING = 8  # so many wait at most while one is served
 KEPT = 3600  # seconds that what was sent or shown is kept on the disk, if the page runs so long
 IN_STRIP = 12  # snapshots, of all
-SHOWN = (("hint", "Hint"), ("sample", "With the hint"), ("alone", "The base alone"))
+SHOWN = (("hint", "Hint"), ("sample", "With the hint"), ("alone", "Base alone"))
 LESS_MEMORY = "fewer programs, or a lower --resolution"
 GREY = "#808080"  # legible on light and on dark pages
 CSS = """
@@ -33,6 +33,7 @@ footer {display: none !important}
 #canvas canvas {width: 100%; aspect-ratio: 1; touch-action: none; cursor: crosshair; border: 1px solid gray}
 .picture :is(.image-container, button, .image-frame, img) {width: 100%; height: auto; object-fit: contain}
 #strip :is(.grid-wrap, .gallery-content) {height: auto; min-height: 0}
+#strip:has(.empty) {display: none}
 """
 
 
@@ -68,7 +69,7 @@ def read_upload(path: str | None) -> Image.Image:
 
 
 def picture_under(name: str, title: str) -> gr.Image:
-    with gr.Column(min_width=160):
+    with gr.Column(min_width=100):
         gr.Markdown(f"**{title}**")
         return gr.Image(
             show_label=False, alt_text=title, format="png", interactive=False, buttons=[], elem_id=name,
@@ -204,10 +205,13 @@ def show_page(painter, modes: Sequence[str], history: list[dict], port: int) -> 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     with tempfile.TemporaryDirectory(prefix="draw-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build(painter, modes, history).queue(max_size=WAITING)
         try:
-            build(painter, modes, history).queue(max_size=WAITING).launch(
+            page.launch(
                 server_name="127.0.0.1", server_port=port, share=False, max_file_size=LARGEST_FILE, css=CSS,
                 theme=gr.themes.Default(font="system-ui", font_mono="monospace"), footer_links=[], run_history=False,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"port {port} can't be used ({error}): choose another with --port") from None
+        finally:
+            page.close(verbose=False)  # before the folder goes: what is still being painted would be written there

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -128,6 +129,22 @@ def test_what_the_page_says_when_memory_runs_out():
         next(values)
 
 
+def test_nothing_is_kept_when_it_ends_amid_a_picture(run, tmp_path):
+    pytest.importorskip("gradio")
+    with served(run, tmp_path) as address:
+        values = [800, "ring", 0.5, 0.5, 0.3, None, None, "coral circle with navy background", 0, 1, 3, 50, "uniform"]
+        body = {"data": values, "fn_index": 0, "session_hash": "user"}
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(
+            urllib.request.Request(f"{address}/gradio_api/queue/join", json.dumps(body).encode(), headers)
+        ).close()
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("temporary/draw-*/*/image.png"))) < 3:  # the hint and two of the fifty
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert not list(tmp_path.glob("temporary/draw-*"))
+
+
 # In the browser
 
 
@@ -247,8 +264,7 @@ def test_a_full_queue(page, address):
     with page.expect_request("**/queue/join*") as asked:
         number.fill("50")
         number.press("Enter")
-    while address_of(page, "sample") == before:  # until it runs
-        page.wait_for_timeout(50)
+    page.wait_for_function("before => document.querySelector('#sample img').src !== before", arg=before)  # it runs
     request, users, answer = asked.value, [], None
     *values, _, mode = request.post_data_json["data"]
     while len(users) < 2 * WAITING:  # other users, as their browsers would ask, for one DDIM step each

@@ -26,10 +26,11 @@ from support.options import ArgumentParser
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDE, NARROW = 1280, 960  # pixels: the still's width, the animation's
+WIDE, NARROW = 1280, 1024  # pixels: the still's width, the animation's
 RING = 0.42, 0.55, 0.27  # centre and radius, shares of the side
+QUIET = 3.0  # seconds without a change after which nothing is being painted
 SHOWN_STEPS = 20  # snapshots in the animation
-DRAWING, PAINTING, SCRUBBING, HELD = 60, 150, 150, 1200  # milliseconds of each frame; of the last one of a part
+DRAWING, PAINTING, SCRUBBING, HELD = 40, 150, 150, 1200  # milliseconds of each frame; of the last one of a part
 
 
 @contextlib.contextmanager
@@ -68,10 +69,10 @@ def address_of(page, name: str) -> str | None:
     return image.get_attribute("src") if image.count() else None
 
 
-def settled(page, quiet: float = 3.0, watch: Callable[[], object] = lambda: None) -> None:
-    """Wait until none of the three pictures has changed for so many seconds; call `watch` again and again."""
+def settled(page, watch: Callable[[], object] = lambda: None) -> None:
+    """Wait until none of the three pictures has changed for QUIET seconds; call `watch` again and again."""
     seen, since = None, time.monotonic()
-    while time.monotonic() - since < quiet:
+    while time.monotonic() - since < QUIET:
         now = [address_of(page, name) for name in ("hint", "sample", "alone")]
         if now != seen:
             seen, since = now, time.monotonic()
@@ -129,7 +130,7 @@ def film(page, steps: list[int]) -> list[tuple[Image.Image, int]]:
     hold()
     for step in sorted({steps[i * (len(steps) - 1) // (SHOWN_STEPS - 1)] for i in range(SHOWN_STEPS)}):
         go_to(page, step)
-        settled(page, quiet=1.5)
+        settled(page)
         take(SCRUBBING)
     hold()
     return frames
@@ -155,6 +156,8 @@ def main() -> None:
         page.wait_for_selector("#alone img")
         settled(page)
         frames = film(page, steps)
+        page.get_by_role("button", name="All steps at once").click()
+        page.wait_for_selector(f"#strip >> text=step {steps[-1]}")
         fit_height(page, WIDE)
         still = page.screenshot()
     pictures, durations = zip(*frames)
