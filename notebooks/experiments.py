@@ -1,15 +1,21 @@
-"""The trainings whose logs the notebooks read: `python notebooks/experiments.py`, about an hour on two CPU cores.
+"""The trainings that notebooks 3 and 5 read, by groups: `python notebooks/experiments.py`, or with some groups' names.
 
-Each run stays in runs/NAME and is not trained again once it is complete; its log is copied to docs/logs/NAME.jsonl.
-Scores on 16 held-out hints go to docs/logs/ablation.json and pairs.json, samples to docs/ablation-ARM.png and
-docs/jump.png.
+TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one that is complete is not trained again,
+and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
+docs/logs/scores-GROUP.jsonl, pictures to docs. Delete runs/ when the base or the defaults have changed.
+
+On two CPU cores, at 0.8 s for a step of batch 32, the steps of all groups but the last take 81 minutes. Encoding, the
+previews of `seeds` and the scores come on top: about 40 minutes by what they cost in steps (a preview of 32 hints takes
+as long as ten), not yet timed. `released` stops after its jump, so what it takes is not known: 94 minutes at most.
 """
 
-import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,117 +24,264 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from animation import COLUMNS, animate, cut
+
+from controlnet import ControlNet, Denoiser
+from convergence import FOLLOWED, HeldOut, forecast, jump_step, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_iou, colour_error
 from sample import generate
-from stable_diffusion import StableDiffusion
-from support.log import read_log
-from support.pictures import MARGIN, contact_sheet, save_picture, side_by_side, to_picture
+from stable_diffusion import TINY, StableDiffusion
+from support.files import read_json, save_json
+from support.log import read_log, write_log
+from support.pictures import contact_sheet, save_picture, side_by_side, to_picture
 from weights import load_controlnet
 
-STEPS = 600
-ARMS = {"zero": [], "gaussian": ["--connection", "gaussian"], "lite": ["--copy", "lite"]}
-SEEDS = (0, 1)
-PAIRS = (20, 200)  # and the 2,000 of the other runs
-VARIANTS = {
-    "lr-5e-4": ["--learning-rate", "5e-4"],
-    "lr-2e-3": ["--learning-rate", "2e-3"],
-    "batch-4": ["--train-batch-size", "4"],
-    "prompts-never-empty": ["--proportion-empty-prompts", "0"],
-    "prompts-always-empty": ["--proportion-empty-prompts", "1"],
-}
-FORECASTS = range(10)  # seeds on which convergence.forecast is judged, tests/test_convergence.py
+RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
+EQUAL = 100  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
+HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "none": lambda prompt: "",
     "insufficient": lambda prompt: "circle",
     "conflicting": lambda prompt: prompt.replace(" circle ", " square "),
     "perfect": lambda prompt: prompt,
 }
-HINTS = 16
-JUMP_STEPS = (140, 180, 220, 300, 400)
-SIDE = 128  # pixels of the miniature's pictures
+JUMP_STEPS = (30, 40, 50, 60, 100, 200)  # in docs/jump.png
 
 
-def train(name: str, *options: str, steps: int = STEPS, encoded: str = "") -> Path:
-    """Train the run `name` unless it is complete; returns its ControlNet. `encoded` is a run with the same latents."""
-    folder = ROOT / "runs" / name
-    if encoded and not folder.exists():
-        shutil.copytree(ROOT / "runs" / encoded / "cache", folder / "cache")
+class Runs(NamedTuple):
+    """Trainings that differ in their seed alone. The rest of train.py's options are its defaults, and ALWAYS."""
+
+    name: str
+    seeds: Sequence[int]
+    steps: int
+    options: str = ""
+    portion: int = 0  # not 0: train so many steps at a time, and stop after the jump
+
+
+# All hold out the same 32 hints, so that runs of one seed have the same latents, encoded once. The learning rate is
+# constant, but for the last steps of `seeds`: those are the default command.
+ALWAYS = "--validation-hints 32 --validation-steps 0 --snapshot-steps 0 --cooldown-steps 0"
+DEFAULT = f"--cooldown-steps {TINY.cooldown_steps} --validation-steps 10 --snapshot-steps 10"
+assert TINY.max_train_steps - TINY.cooldown_steps >= EQUAL  # else `seeds` are no match for the others at EQUAL
+EVERY_STEP = "--snapshot-steps 1 --checkpointing-steps 1 --checkpoints-total-limit 10"
+TABLE = {
+    "seeds": [Runs("seed", range(5), TINY.max_train_steps, DEFAULT)],  # 13 min
+    "forecast": [Runs("seed", range(5, 10), 80)],  # 5 min: with `seeds`, the ten that the forecast is judged on
+    "rates": [  # 9 min: half and double of the preset's
+        Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
+        Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
+    ],
+    "prompts": [  # 8 min
+        Runs("prompts-never-empty", range(3), 100, "--proportion-empty-prompts 0"),
+        Runs("prompts-always-empty", range(3), 100, "--proportion-empty-prompts 1"),
+    ],
+    "batch": [  # 23 min, as small batches take more time for a sample; batch 32 is in `seeds`; 64 goes on to its jump
+        Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),
+        Runs("batch-8", range(3), 400, "--train-batch-size 8 --snapshot-steps 10"),
+        Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
+        Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
+    ],
+    "ablation": [  # 14 min; a step of lite takes seven tenths of the time
+        Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
+        Runs("lite", range(5), 160, f"--copy lite --snapshot-steps {EQUAL}"),
+    ],
+    "first": [  # 1 min: the first ten steps
+        Runs("first-zero", range(3), 10, EVERY_STEP),
+        Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
+    ],
+    "pairs": [  # 8 min: with the 2,000 of `seeds`
+        Runs("pairs-20", range(3), EQUAL, "--data runs/drawn-20-{seed}"),
+        Runs("pairs-200", range(3), EQUAL, "--data runs/drawn-200-{seed}"),
+    ],
+    "released": [  # until the jump; one seed longer than the others
+        Runs("released", [0], 5000, "--hint-init default", portion=200),
+        Runs("released", [1, 2], 1000, "--hint-init default", portion=200),
+    ],
+}
+
+
+# Training
+
+
+def train(name: str, seed: int, steps: int, options: str) -> list[dict]:
+    """Train the run NAME-SEED up to `steps`, as far as it is not yet there; returns its log."""
+    folder, encoded = RUNS / f"{name}-{seed}", RUNS / f"seed-{seed}" / "cache"
+    if "--data" in options:
+        draw(ROOT / options.split()[1])
+    elif encoded.exists() and not folder.exists():
+        shutil.copytree(encoded, folder / "cache")
     if len(read_log(folder / "log.jsonl")) < steps:
-        command = [sys.executable, "train.py", "--output-dir", folder, "--max-train-steps", steps, *options]
+        place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {steps}"
+        command = f"train.py {place} {ALWAYS} {options}".split()
         if (folder / "config.json").exists():
             command += ["--resume-from-checkpoint", "latest"]
-        subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
-    shutil.copy(folder / "log.jsonl", ROOT / "docs" / "logs" / f"{name}.jsonl")
-    return folder / "controlnet.safetensors"
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    shutil.copy(folder / "log.jsonl", LOGS / f"{folder.name}.jsonl")
+    return read_log(folder / "log.jsonl")
 
 
-def draw(count: int) -> Path:
-    """The folder with `count` drawn pairs, made if it is not there."""
-    folder = ROOT / "runs" / f"drawn-{count}"
+def train_all(runs: Runs) -> None:
+    for seed in runs.seeds:
+        for steps in range(runs.portion or runs.steps, runs.steps + 1, runs.portion or 1):
+            log = train(runs.name, seed, steps, runs.options.format(seed=seed))
+            if runs.portion and jump_step(log):
+                break
+
+
+def draw(folder: Path) -> None:
+    """Draw the pairs of `folder`, drawn-COUNT-SEED: the first of those that the run seed-SEED is trained on."""
+    _, count, seed = folder.name.split("-")
     if not (folder / "prompt.json").exists():
-        command = [sys.executable, "-m", "tools.draw_pairs", "--count", str(count), "--size", str(SIDE)]
-        subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True)
-    return folder
+        command = f"-m tools.draw_pairs --count {count} --seed {seed} --size 128 --output runs/{folder.name}".split()
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def judge(sd: StableDiffusion, path: Path, kind: str) -> tuple[dict, torch.Tensor]:
-    """IoU and colour error of held-out hints under one kind of prompt, and the first sample."""
-    pairs = DrawnImages(HINTS, SIDE, DRAWN_HELD_OUT)
-    hints, prompts = torch.stack([pairs.hint(i) for i in range(HINTS)]), [PROMPTS[kind](p) for p in pairs.prompts]
-    controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-    images = generate(sd, [controlnet], [hints], prompts, steps=10, guidance_scale=3.0, both_sides=False)
-    scores = {"iou": circle_iou(images, hints).tolist()}
-    if kind in ("perfect", "conflicting"):
-        scores["colour_error"] = colour_error(images, hints, prompts).mean(dim=1).tolist()
-    return scores, images[0]
+# Scores
 
 
-def picture_of_the_jump(columns: int = 6) -> None:
-    """docs/jump.png: held-out hints and their samples at JUMP_STEPS, cut from the previews of a run that has many."""
-    controlnet = train("jump", "--validation-steps", "20", steps=max(JUMP_STEPS), encoded="ablation-zero-0")
-    previews = controlnet.parent / "previews"
+@cache
+def base() -> StableDiffusion:
+    return StableDiffusion.load("tiny").requires_grad_(False)
 
-    def row(step: int, number: int) -> torch.Tensor:  # of the preview's hint, step 0, step N, target
-        with Image.open(previews / f"step-{step}.png") as sheet:
-            strip = sheet.crop((MARGIN, SIDE * number, MARGIN + SIDE * columns, SIDE * (number + 1)))
-        pixels = torch.from_numpy(np.array(strip)) / 127.5 - 1
-        return pixels.permute(2, 0, 1).unflatten(2, (columns, SIDE)).permute(2, 0, 1, 3)
 
-    first = JUMP_STEPS[0]
-    rows = {"hint": row(first, 0), "step 0": row(first, 1)} | {f"step {step}": row(step, 2) for step in JUMP_STEPS}
-    prompts = DrawnImages(columns, SIDE, DRAWN_HELD_OUT).prompts
-    save_picture(contact_sheet(rows, prompts), ROOT / "docs" / "jump.png")
+@cache
+def held_out() -> tuple[DrawnImages, torch.Tensor]:
+    """The held-out pairs that are scored, and their hints."""
+    pairs = DrawnImages(HINTS, 128, DRAWN_HELD_OUT)
+    return pairs, torch.stack([pairs.hint(i) for i in range(HINTS)])
+
+
+def controlnet_at(run: str, seed: int, step: int) -> ControlNet:
+    """A run's ControlNet after a step: from a checkpoint if it was kept, else from a snapshot, in half precision."""
+    folder = RUNS / f"{run}-{seed}"
+    checkpoint = folder / "checkpoints" / f"step-{step}"
+    snapshot = folder / "snapshots" / f"step-{step}.safetensors"
+    return load_controlnet(checkpoint if checkpoint.exists() else snapshot, base().unet).requires_grad_(False)
+
+
+def picture(run: str, seed: int, step: int, prompt: str = "perfect") -> Path:
+    """Where `score` leaves the sample of the first held-out hint."""
+    return RUNS / f"{run}-{seed}" / "scores" / f"{step}-{prompt}.png"
+
+
+def score(run: str, seed: int, step: int, prompt: str = "perfect") -> dict:
+    """IoU and colour error of each held-out hint under a kind of prompt, sampled as train.py's previews are."""
+    path = picture(run, seed, step, prompt)
+    if not path.with_suffix(".json").exists():
+        pairs, hints = held_out()
+        prompts, preset = [PROMPTS[prompt](p) for p in pairs.prompts], base().preset
+        images = generate(
+            base(), [controlnet_at(run, seed, step)], [hints], prompts, steps=preset.sampling_steps,
+            guidance_scale=preset.guidance_scale, both_sides=False, seed=seed,
+        )  # fmt: skip
+        scores = {"iou": circle_iou(images, hints)}
+        if prompt in ("perfect", "conflicting"):  # the others name no colours
+            scores["colour_error"] = colour_error(images, hints, prompts).mean(dim=1)
+        rounded = {name: [round(value, 4) for value in values.tolist()] for name, values in scores.items()}
+        path.parent.mkdir(exist_ok=True)
+        save_picture(to_picture(images[0]), path)
+        save_json({"run": run, "seed": seed, "step": step, "prompt": prompt} | rounded, path.with_suffix(".json"))
+    return read_json(path.with_suffix(".json"), "delete it")
+
+
+def score_batch() -> list[dict]:
+    """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
+    rows, sizes = [], {"seed": 32} | {runs.name: int(runs.name.split("-")[1]) for runs in TABLE["batch"]}
+    for run, size in sizes.items():
+        for seed in range(3):
+            log = read_log(RUNS / f"{run}-{seed}" / "log.jsonl")
+            made, _ = forecast(log) or (len(log), None)
+            for step in range(max(made - 20, 10), len(log) + 1, 10):  # it is made of the mean of the last 20 steps
+                rows.append(score(run, seed, step) | {"batch": size})
+                if np.mean(np.array(rows[-1]["iou"]) >= FOLLOWED) >= 0.6:
+                    break
+            rows.append(score(run, seed, EQUAL * 32 // size) | {"batch": size})
+    return rows
+
+
+def score_ablation() -> list[dict]:
+    """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-RUN.png."""
+    runs = ("seed", "gaussian", "lite")
+    rows = [score(run, seed, EQUAL, prompt) for run in runs for seed in range(5) for prompt in PROMPTS]
+    for run in runs:
+        samples = [Image.open(picture(run, 0, EQUAL, prompt)) for prompt in PROMPTS]
+        save_picture(side_by_side(samples), DOCS / f"ablation-{'zero' if run == 'seed' else run}.png")
+    return rows
+
+
+def score_first() -> list[dict]:
+    """Distance from the locked weights and held-out loss after each of ten steps; scores of samples after 0, 1, 10.
+
+    The first hint's samples with seed 0 go to docs/first-ARM.png.
+    """
+    rows = []
+    for arm in ("zero", "gaussian"):
+        for seed in range(3):
+            inputs = HeldOut(base(), held_out()[0], seed, RUNS / f"first-{arm}-{seed}", previews=False)
+            for step in range(11):
+                controlnet = controlnet_at(f"first-{arm}", seed, step)
+                row = {"run": arm, "seed": seed, "step": step}
+                row["distance"] = distance(controlnet) if step else 0.0  # step 0, a copy, is kept in half alone
+                row |= inputs.response(Denoiser(base().unet, controlnet))
+                rows.append((score(f"first-{arm}", seed, step) if step in (0, 1, 10) else {}) | row)
+        samples = [Image.open(picture(f"first-{arm}", 0, step)) for step in (0, 1, 10)]
+        save_picture(side_by_side(samples), DOCS / f"first-{arm}.png")
+    return rows
+
+
+def distance(controlnet: ControlNet) -> float:
+    """‖Θc - Θ‖ / ‖Θ‖ over all weights that were copied.
+
+    In float32 it has to be: half precision rounds by 2e-4, and one step of weight decay moves by 2e-5.
+    """
+    unet, squares = base().unet.state_dict(), torch.zeros(2, dtype=torch.float64)
+    for name, weight in controlnet.state_dict().items():
+        if name.split(".")[0] in ("time_embed", "encoder", "middle"):
+            moved = weight.double() - unet[name].double()
+            squares += torch.stack([moved.square().sum(), unet[name].double().square().sum()])
+    return (squares[0] / squares[1]).sqrt().item()
+
+
+def score_pairs() -> list[dict]:
+    return [
+        score(run, seed, EQUAL) | {"pairs": count}
+        for run, count in (("pairs-20", 20), ("pairs-200", 200), ("seed", 2000))
+        for seed in range(3)
+    ]
+
+
+SCORES = {"batch": score_batch, "ablation": score_ablation, "first": score_first, "pairs": score_pairs}
+
+
+# Pictures
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+
+def pictures_of_the_jump() -> None:
+    """docs/jump.webp, docs/jump.png and docs/convergence.png, of seed 0."""
+    folder = RUNS / "seed-0"
+    animate(folder, DOCS / "jump.webp")
+    rows = {"hint": cut(folder, JUMP_STEPS[0], "hint"), "step 0": cut(folder, JUMP_STEPS[0], "step 0")}
+    rows |= {f"step {step}": cut(folder, step, "sample") for step in JUMP_STEPS}
+    tensors = {label: torch.stack([to_tensor(picture) for picture in row]) for label, row in rows.items()}
+    save_picture(contact_sheet(tensors, held_out()[0].prompts[:COLUMNS]), DOCS / "jump.png")
+    plot_convergence({"seed 0": read_log(folder / "log.jsonl")}, DOCS / "convergence.png")
 
 
 def main() -> None:
-    runs = {}
-    for seed in SEEDS:
-        for arm, options in ARMS.items():
-            encoded = "" if arm == "zero" else f"ablation-zero-{seed}"
-            runs[arm, seed] = train(f"ablation-{arm}-{seed}", "--seed", str(seed), *options, encoded=encoded)
-    sd = StableDiffusion.load("tiny").requires_grad_(False)
-    scores, rows = [], []
-    for (arm, seed), path in runs.items():
-        cells = {kind: judge(sd, path, kind) for kind in PROMPTS}
-        scores += [{"arm": arm, "seed": seed, "prompt": kind} | found for kind, (found, _) in cells.items()]
-        if seed == SEEDS[0]:
-            rows.append(side_by_side([to_picture(image) for _, image in cells.values()]))
-    (ROOT / "docs" / "logs" / "ablation.json").write_text(json.dumps(scores) + "\n")
-    for arm, row in zip(ARMS, rows):
-        save_picture(row, ROOT / "docs" / f"ablation-{arm}.png")
-
-    for name, options in VARIANTS.items():
-        train(name, *options, encoded="ablation-zero-0")
-    picture_of_the_jump()
-
-    for seed in FORECASTS:
-        train(f"forecast-{seed}", "--seed", str(seed), "--validation-steps", "0", steps=300)
-
-    paths = {count: train(f"pairs-{count}", "--data", str(draw(count))) for count in PAIRS}
-    paths[2000] = runs["zero", 0]
-    scores = [{"pairs": count} | judge(sd, path, "perfect")[0] for count, path in paths.items()]
-    (ROOT / "docs" / "logs" / "pairs.json").write_text(json.dumps(scores) + "\n")
+    if unknown := set(sys.argv[1:]) - set(TABLE):
+        sys.exit(f"no group {', '.join(sorted(unknown))}; there are {', '.join(TABLE)}")
+    for group in dict.fromkeys(["seeds", *(sys.argv[1:] or TABLE)]):  # whose latents and results the others use
+        for runs in TABLE[group]:
+            train_all(runs)
+        if group in SCORES:
+            write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
+        if group == "seeds":
+            pictures_of_the_jump()
 
 
 if __name__ == "__main__":
