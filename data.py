@@ -16,7 +16,7 @@ from support.listing import open_pair, read_listing
 from support.pictures import fit_image, open_image
 
 DRAWN = ("drawn", "drawn-palette")  # --data: with a ring as the hint, or with the two colours
-DRAWN_PAIRS = 2000
+DRAWN_PAIRS = 1000
 DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
 SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart

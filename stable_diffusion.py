@@ -34,7 +34,7 @@ class Preset:
     resolution: int  # of images, pixels a side
     train_batch_size: int
     learning_rate: float
-    cooldown_steps: int  # the last ones, in which the learning rate falls to 0; 0, as released: it never does
+    cooldown: float  # share of the steps, the last ones, in which the learning rate falls to 0; released: 0
     max_train_steps: int
     validation_steps: int
     response_steps: int  # between measurements of hint sensitivity and gap
@@ -48,15 +48,15 @@ class Preset:
 SD15 = Preset(
     unet=UNetConfig(), vae=VAEConfig(), text=CLIPTextConfig(), latent_scale=0.18215,
     hint_channels=(16, 32, 96, 256), hint_init="default", data="fill50k", resolution=512, train_batch_size=4,
-    learning_rate=1e-5, cooldown_steps=0, max_train_steps=10_000, validation_steps=500, response_steps=50,
+    learning_rate=1e-5, cooldown=0.0, max_train_steps=10_000, validation_steps=500, response_steps=50,
     snapshot_steps=0, mixed_precision="auto", sampling_steps=20, guidance_scale=9.0, license="CreativeML OpenRAIL-M",
 )  # fmt: skip
 TINY = Preset(
     unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), num_heads=4, context_dim=64, norm_groups=8),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2, 2), norm_groups=8),
     text=CLIPTextConfig(vocab_size=866, width=64, mlp_width=256, num_layers=2, num_heads=4), latent_scale=0.50042,
-    hint_channels=(8, 16, 24, 32), hint_init="he", data="drawn", resolution=128, train_batch_size=8,
-    learning_rate=1e-3, cooldown_steps=0, max_train_steps=800, validation_steps=100, response_steps=10,
+    hint_channels=(8, 16, 24, 32), hint_init="he", data="drawn", resolution=128, train_batch_size=32,
+    learning_rate=2e-3, cooldown=0.4, max_train_steps=180, validation_steps=20, response_steps=5,
     snapshot_steps=10, mixed_precision="no", sampling_steps=10, guidance_scale=3.0, license="Apache-2.0",
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ def parse_arguments() -> Namespace:
     add("--train-batch-size", type=whole, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=whole, default=1, help="batches for each step (default: 1)")
     add("--learning-rate", type=options.positive_float, help=both("learning_rate"))
-    add("--cooldown-steps", type=options.count_or_zero, help=f"last ones, with a falling rate {both('cooldown_steps')}")
+    add("--cooldown", type=options.share, help=f"share of the steps at the end, with a falling rate {both('cooldown')}")
     add("--proportion-empty-prompts", type=options.share, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.seed, default=0)
@@ -118,8 +118,8 @@ def train(
         export(args, run, denoiser, snapshot=True)
 
     for step in run.steps():
-        left = args.max_train_steps - step
-        rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (left + 1) / (args.cooldown_steps + 1))
+        left, cooldown = args.max_train_steps - step, round(args.cooldown * args.max_train_steps)
+        rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (left + 1) / (cooldown + 1))
         loss, names = torch.zeros((), device=run.device), []
         for i in range(batches_per_step):
             batch = next(batches)

@@ -31,6 +31,7 @@ DEVICE = "cuda"
 # blocks the roundings add up to some ten times one of them.
 ROUNDING = {"no": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 TRAIN = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "2"]
+TRAIN += ["--cooldown", "0"]
 GB = 1e9
 
 

@@ -28,6 +28,7 @@ def launch(folder, processes, *options):
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     """The same global batch gives the same weights up to rounding: sums in another order. And resuming works."""
     options = ["--max-train-steps", "4", "--gradient-accumulation-steps", "2", "--learning-rate", "1e-4"]
+    options += ["--cooldown", "0"]
     one = ["--data", SAMPLE, "--resolution", "64", "--validation-steps", "2", "--train-batch-size", "4"]
     run_main(monkeypatch, train, *one, *options, "--output-dir", tmp_path / "one")
     two = launch(tmp_path / "two", 2, *options, "--train-batch-size", "2")

@@ -57,7 +57,7 @@ def test_learning_merges(tmp_path):
 def test_stages_resume(tmp_path, monkeypatch):
     """The loop that the stages share: stopped after 2 of 4 steps and run again, it ends with the same weights."""
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(pretrain, "FITS", {"toy": pretrain.Fit(4, 1, 1e-3, 500)})
+    monkeypatch.setattr(pretrain, "FITS", {"toy": pretrain.Fit(4, 1, 1e-3)})
 
     def train(folder, last=4):
         folder.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--v
 
 def test_the_learning_rate_falls_at_the_end(tmp_path, monkeypatch):
     """A quarter less at each of the last three steps of five, in the optimizer and in the log."""
-    used, options = [], ["--max-train-steps", "5", "--cooldown-steps", "3", "--validation-steps", "0"]
+    used, options = [], ["--max-train-steps", "5", "--cooldown", "0.6", "--validation-steps", "0"]
     step = torch.optim.AdamW.step
 
     def spy(optimizer, *args, **kwargs):
@@ -45,14 +45,14 @@ def test_the_learning_rate_falls_at_the_end(tmp_path, monkeypatch):
 
 
 def test_what_is_measured(tmp_path, monkeypatch, capsys):
-    """Sensitivity and gap every 10 steps, IoU and colour error of more hints than a preview shows, two sentences."""
+    """Sensitivity and gap every 5 steps, IoU and colour error of more hints than a preview shows, two sentences."""
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
     monkeypatch.setattr(data, "DRAWN_PAIRS", 8)
     monkeypatch.setattr(convergence, "growth_step", lambda history: 10 if len(history) >= 10 else None)
     monkeypatch.setattr(convergence, "jump_step", lambda history: 20 if len(history) >= 20 else None)
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_run(tmp_path)}
-    assert [step for step in log if "hint_sensitivity" in log[step]] == [10, 20]
+    assert [step for step in log if "hint_sensitivity" in log[step]] == [5, 10, 15, 20]
     assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
     assert log[10].keys() == {"step", "loss", "gradient_norm", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
     assert 0 < log[20]["heldout_loss"] < 0.2

@@ -8,7 +8,6 @@ sizes. Needs requirements-dev.txt. Peak memory is the process's resident set on 
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import statistics
@@ -140,7 +139,7 @@ def training(args: Namespace, device: torch.device, timer: Timer) -> None:
     cached = Namespace(batch=Batch(0, size, [], hint, moments, context), empty_context=context[0])
     options = Namespace(
         preset=preset, seed=0, gradient_accumulation_steps=1, learning_rate=preset.learning_rate,
-        cooldown_steps=0, max_train_steps=math.inf, proportion_empty_prompts=0.5, validation_steps=0, snapshot_steps=0,
+        cooldown=0.0, max_train_steps=10**9, proportion_empty_prompts=0.5, validation_steps=0, snapshot_steps=0,
     )  # fmt: skip
     run = TimedRun(device, timer, args.compile)
     train(options, run, denoiser, optimizer, cached, preset.latent_scale, held_out=None)

@@ -1,7 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, text, unet, refine, measure) and writes models/tiny; with a
-stage's name it runs that one. A stage that was stopped goes on where it was. `python -m tools.pretrain dusk` fine-tunes
+`python -m tools.pretrain` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; with a stage's
+name it runs that one. A stage that was stopped goes on where it was. `python -m tools.pretrain dusk` fine-tunes
 what ships to paint in another light, runs/pretrain/dusk: a second base, to move a ControlNet to (Fig. 12).
 """
 
@@ -47,20 +47,18 @@ class Fit(NamedTuple):
     steps: int
     batch: int
     learning_rate: float  # at its peak
-    averaged: int  # steps that the running average of the weights goes back
 
 
 FITS = {
-    "vae": Fit(4000, 16, 1e-3, 500),
-    "text": Fit(600, 128, 1e-3, 500),
-    "unet": Fit(7000, 32, 1e-3, 500),
-    "refine": Fit(9500, 16, 7e-4, 2000),
-    "dusk": Fit(1500, 16, 5e-4, 500),
+    "vae": Fit(4000, 16, 1e-3),
+    "text": Fit(600, 128, 1e-3),
+    "unet": Fit(7000, 32, 1e-3),
+    "dusk": Fit(1500, 16, 5e-4),
 }
-CHECKPOINT_EVERY = 500
+CHECKPOINT_EVERY = 200
 DUSK = 0.6  # of the brightness is lost where it is darkest
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-LATENTS, LATENTS_DUSK = 20_000, 2000  # scenes that the UNet is trained on
+LATENTS, LATENTS_DUSK = 12_000, 2000  # scenes that the UNet is trained on
 
 
 def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tensor, list[str]]:
@@ -105,13 +103,9 @@ def learn_merges(folder: Path) -> None:
 # The loop that the three networks share
 
 
-def running_average(steps: int):
-    """An average over about the last `steps` steps; over fewer at the start, so that the first weights fade soon."""
-
-    def average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
-        return torch.lerp(value, average, min(1 - 1 / steps, ((1 + count) / (10 + count)).item()))
-
-    return average
+def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
+    """The average over about the last 500 steps; over fewer at the start, so that the first weights fade soon."""
+    return torch.lerp(value, average, min(0.998, ((1 + count) / (10 + count)).item()))
 
 
 def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
@@ -122,7 +116,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
     """
     steps, path = FITS[stage].steps, folder / f"{stage}.safetensors"
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    average = AveragedModel(module, avg_fn=running_average(FITS[stage].averaged))
+    average = AveragedModel(module, avg_fn=running_average)
     start = 0
     if path.exists():
         tensors, metadata = read_tensors(path)
@@ -324,7 +318,7 @@ def encode_scenes(folder: Path, vae: AutoencoderKL, stage: str) -> tuple[Tensor,
 
 
 def train_unet(folder: Path, stage: str = "unet") -> None:
-    """Stage "unet", from nothing; "refine", from there on, for the outlines; or "dusk", from what ships."""
+    """Stage "unet", from nothing, or "dusk", from what ships."""
     torch.manual_seed(SEED)
     if stage == "dusk":
         sd = StableDiffusion.load("tiny")
@@ -345,8 +339,6 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
     print(f"latent scale {sd.latent_scale}")
     # Stable Diffusion locks its text encoder, CLIP. This one was trained for a minute, and goes on learning.
     learning = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
-    if stage == "refine":
-        load_trained(folder, "unet", learning)
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
@@ -355,8 +347,7 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
         noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
         z0 = sd.latent_scale * sample_latent(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
-        # One t in each of as many parts of the schedule as the batch has pictures: no step without all levels of noise.
-        t = ((torch.arange(len(z0)) + torch.rand(len(z0), generator=generator)) * schedule.steps / len(z0)).long()
+        t = torch.randint(schedule.steps, (len(z0),), generator=generator)
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
         errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
@@ -381,9 +372,8 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
 
 def at_dusk(images: Tensor, captions: list[str]) -> Tensor:
     """Scenes [B, 3, H, W] in [-1, 1] in another light: shapes lit from above, the background from below."""
-    colour, background = (
-        torch.stack([prompt_colours(caption) for caption in captions]).float()[..., None, None].unbind(1)
-    )
+    colours = torch.stack([prompt_colours(caption) for caption in captions]).float()  # [B, 2, 3]
+    colour, background = colours[..., None, None].unbind(dim=1)
     images, contrast = images / 2 + 0.5, colour - background
     share = ((images - background) * contrast).sum(1, keepdim=True) / contrast.square().sum(1, keepdim=True)
     depth = (torch.arange(images.shape[2]) + 0.5)[:, None] / images.shape[2]  # 0 at the top, 1 at the bottom
@@ -423,7 +413,7 @@ def measure(folder: Path) -> None:
 def main() -> None:
     stages = {
         "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
-        "refine": partial(train_unet, stage="refine"), "measure": measure, "dusk": partial(train_unet, stage="dusk"),
+        "measure": measure, "dusk": partial(train_unet, stage="dusk"),
     }  # fmt: skip
     parser = ArgumentParser(
         prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
