@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from controlnet import ControlNet, Denoiser
-from convergence import HeldOut, news, plot_convergence
+from convergence import HeldOut, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, TINY, StableDiffusion
@@ -24,6 +24,7 @@ from support import options
 from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
 from support.errors import UserError, run_command_line
+from support.news import news
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent

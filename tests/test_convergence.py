@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from standin import ROOT
 
-from convergence import LEAD, forecast, growth_step, hint_response, jump_step, news, plot_convergence
+from convergence import LEAD, forecast, growth_step, hint_response, jump_step, plot_convergence
 from support.errors import UserError
 from support.log import read_log
+from support.news import news
 from tools import plot
 
 

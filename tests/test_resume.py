@@ -61,7 +61,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
 
     # A changed option is refused by name, and so is a folder that holds a run.
     changed = ["--learning-rate", "0.1", *resume]
-    with pytest.raises(UserError, match="--learning-rate 0.001"):
+    with pytest.raises(UserError, match="--learning-rate 0.002"):
         run_main(monkeypatch, train, *QUICK, *changed)
     with pytest.raises(UserError, match="holds a run already"):
         run_main(monkeypatch, train, *QUICK, "--output-dir", folder)

@@ -28,6 +28,7 @@ from unet import UNet
 from weights import load_controlnet, official_state_dict
 
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
+QUICK += ["--cooldown", "0"]  # with a fall at the end, more steps are another training
 
 
 def test_the_learning_rate_falls_at_the_end(tmp_path, monkeypatch):
@@ -48,8 +49,8 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     """Sensitivity and gap every 5 steps, IoU and colour error of more hints than a preview shows, two sentences."""
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
     monkeypatch.setattr(data, "DRAWN_PAIRS", 8)
-    monkeypatch.setattr(convergence, "growth_step", lambda history: 10 if len(history) >= 10 else None)
-    monkeypatch.setattr(convergence, "jump_step", lambda history: 20 if len(history) >= 20 else None)
+    monkeypatch.setattr("support.news.growth_step", lambda history: 10 if len(history) >= 10 else None)
+    monkeypatch.setattr("support.news.jump_step", lambda history: 20 if len(history) >= 20 else None)
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_run(tmp_path)}
     assert [step for step in log if "hint_sensitivity" in log[step]] == [5, 10, 15, 20]
