@@ -118,8 +118,9 @@ def train(
     if run.due(run.start, args.snapshot_steps):
         export(args, run, denoiser, snapshot=True)
 
+    cooldown = round(args.cooldown * args.max_train_steps)
     for step in run.steps():
-        left, cooldown = args.max_train_steps - step, round(args.cooldown * args.max_train_steps)
+        left = args.max_train_steps - step
         rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (left + 1) / (cooldown + 1))
         loss, names = torch.zeros((), device=run.device), []
         for i in range(batches_per_step):

@@ -19,9 +19,8 @@ sys.path.insert(0, str(ROOT))
 from convergence import jump_step
 from support.checkpoints import steps_in
 from support.errors import run_command_line
-from support.files import write_atomically
 from support.log import read_log
-from support.pictures import MARGIN
+from support.pictures import MARGIN, save_animation
 from support.plot import curve
 
 SIDE, COLUMNS, LABELS = 128, 6, 58  # of a sample; hints shown; pixels left of them: 826 in all, and the border
@@ -82,10 +81,7 @@ def animate(folder: Path, output: Path) -> None:
     for step in steps:
         frames.append(draw_frame(hints, cut(folder, step, "sample"), draw_curves(history, step, last), step))
     durations = [3 * FRAME] + [FRAME] * (len(frames) - 2) + [PAUSE]
-    write_atomically(output, lambda temporary: frames[0].save(
-        temporary, format="WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=85,
-        method=6,
-    ))  # fmt: skip
+    save_animation(frames, durations, output, quality=85)
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ def main() -> None:
         if len(read_log(path)) < args.steps:
             entries = measured_training(seed, args.steps)
             if len(entries) < args.steps:
-                sys.exit(f"stopped; {path} is not written, and seed {seed} starts anew next time")
+                sys.exit(f"stopped: {path} was not written; run it again, and seed {seed} starts over")
             write_log(path, entries)
 
 

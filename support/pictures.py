@@ -4,6 +4,7 @@ import json
 import math
 import stat
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ def save_picture(picture: Image.Image, path: Path, settings: dict | None = None)
     if settings:
         info.add_text("settings", json.dumps(settings, default=str))
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_animation(frames: Sequence[Image.Image], durations: Sequence[int], path: Path, quality: int) -> None:
+    """Write an animated WebP that starts again at its end; `durations` are milliseconds, one for each frame."""
+    write_atomically(path, lambda temporary: frames[0].save(
+        temporary, format="WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=quality,
+        method=6,
+    ))  # fmt: skip
 
 
 def save_samples(images: Tensor, hints: list[Tensor], path: Path, seed: int, settings: dict) -> None:

@@ -23,6 +23,7 @@ from support.checkpoints import find_snapshots
 from support.errors import UserError, run_command_line
 from support.files import write_atomically
 from support.options import ArgumentParser
+from support.pictures import save_animation
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -162,10 +163,7 @@ def main() -> None:
         still = page.screenshot()
     pictures, durations = zip(*frames)
     write_atomically(args.output / "draw.png", lambda temporary: temporary.write_bytes(still))
-    write_atomically(args.output / "draw.webp", lambda temporary: pictures[0].save(
-        temporary, format="WEBP", save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=80,
-        method=6,
-    ))  # fmt: skip
+    save_animation(pictures, durations, args.output / "draw.webp", quality=80)
     for name in ("draw.png", "draw.webp"):
         print(f"wrote {args.output / name}, {(args.output / name).stat().st_size / 1e6:.2f} MB")
     print(f"{len(frames)} frames, {sum(durations) / 1000:.1f} s")
