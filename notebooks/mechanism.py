@@ -1,7 +1,8 @@
 """Inside the first steps of a training: `python notebooks/mechanism.py` writes docs/logs/mechanism-SEED.jsonl.
 
-The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. After every
-optimizer step, before its gradients are dropped, `Mechanism` looks at the factors on the hint's way to the output:
+The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. Its learning rate
+falls only after these steps. After each of them, before its gradients are dropped, `Mechanism` looks at the factors on
+the hint's way to the output:
 
     hint -> the rest of the hint encoder -> u, its zero convolution -> the copy -> v, the 13 output zero convolutions
 
@@ -28,7 +29,7 @@ from support.log import read_log, write_log
 from support.run import WHAT_A_RUN_LEAVES, Run
 from train import parse_arguments, prepare, train
 
-STEPS, SEEDS = 150, range(5)
+STEPS, SEEDS = 108, range(5)
 FIELDS = ("step", "loss", "lr", "hint_sensitivity", "hint_gap", "heldout_loss")  # of train.py's log
 
 
@@ -98,7 +99,7 @@ def measured_training(seed: int, steps: int) -> list[dict]:
     for path in (folder / name for name in WHAT_A_RUN_LEAVES):  # that was stopped half-way; what is encoded stays
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     sys.argv = ["train.py", "--output-dir", str(folder), "--max-train-steps", str(steps), "--seed", str(seed),
-                "--validation-steps", "0", "--snapshot-steps", "0"]  # fmt: skip
+                "--validation-steps", "0", "--snapshot-steps", "0", "--cooldown", "0"]  # fmt: skip
     args = parse_arguments()
     with Run(args) as run:
         args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
