@@ -6,12 +6,14 @@ import torch
 from standin import ROOT
 
 from clip_text import Tokenizer
-from data import COLOURS
+from data import COLOURS, DRAWN_HELD_OUT, DrawnImages
+from metrics import circle_distance
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.files import read_tensors
 from support.pictures import fit_image, open_image
 from tools import pretrain
+from tools.dusk import DUSK, at_dusk, iou_in_light
 from tools.shapes import judge
 
 
@@ -57,7 +59,6 @@ def test_learning_merges(tmp_path):
 def test_stages_resume(tmp_path, monkeypatch):
     """The loop that the stages share: stopped after 2 of 4 steps and run again, it ends with the same weights."""
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
-    monkeypatch.setattr(pretrain, "FITS", {"toy": pretrain.Fit(4, 1, 1e-3)})
 
     def train(folder, last=4):
         folder.mkdir(exist_ok=True)
@@ -69,7 +70,7 @@ def test_stages_resume(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
 
-        return pretrain.fit("toy", folder, model, loss_fn, lambda *_: None)
+        return pretrain.fit("toy", pretrain.Fit(4, 1, 1e-3), folder, model, loss_fn, lambda *_: None)
 
     whole = train(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -100,3 +101,18 @@ def test_judging_samples():
     assert not all(right for *_, right in others)
     flat = torch.zeros_like(images[0])
     assert judge(flat, captions[0])[2] is False
+
+
+def test_dusk():
+    """The second base's light, and that a picture in it is scored like one without."""
+    pairs = DrawnImages(4, 128, DRAWN_HELD_OUT)
+    hints, images = (torch.stack([part(i) for i in range(4)]) for part in (pairs.hint, pairs.image))
+    lit = at_dusk(images, pairs.prompts)
+    assert (iou_in_light(lit, hints, pairs.prompts, at_dusk) > 0.97).all()
+    assert (iou_in_light(lit, hints.roll(1, 0), pairs.prompts, at_dusk) < 0.7).all()
+    depth = ((torch.arange(128) + 0.5) / 128)[:, None].expand(128, 128)
+    for picture, dark, hint in zip(images, lit, hints):
+        distance = circle_distance(hint)
+        for region, light in ((distance < -3, 1 - DUSK * depth), (distance > 3, 1 - DUSK * (1 - depth))):
+            # the colours of a drawn picture are rounded to 1 / 255
+            torch.testing.assert_close((dark + 1)[:, region], ((picture + 1) * light)[:, region], rtol=0, atol=0.01)

@@ -1,14 +1,13 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
 `python -m tools.pretrain` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; with a stage's
-name it runs that one. A stage that was stopped goes on where it was. `python -m tools.pretrain dusk` fine-tunes
-what ships to paint in another light, runs/pretrain/dusk: a second base, to move a ControlNet to (Fig. 12).
+name it runs that one. A stage that was stopped goes on where it was.
 """
 
 import json
 import time
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_wo
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
-from metrics import prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
@@ -53,12 +51,10 @@ FITS = {
     "vae": Fit(4000, 16, 1e-3),
     "text": Fit(600, 128, 1e-3),
     "unet": Fit(7000, 32, 1e-3),
-    "dusk": Fit(1500, 16, 5e-4),
 }
 CHECKPOINT_EVERY = 200
-DUSK = 0.6  # of the brightness is lost where it is darkest
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-LATENTS, LATENTS_DUSK = 12_000, 2000  # scenes that the UNet is trained on
+LATENTS = 12_000  # scenes that the UNet is trained on
 
 
 def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tensor, list[str]]:
@@ -108,13 +104,13 @@ def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
     return torch.lerp(value, average, min(0.998, ((1 + count) / (10 + count)).item()))
 
 
-def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
-    """Train `module` for the stage's steps; returns it with the running average of its weights, which is what ships.
+def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
+    """Train `module` as planned; returns it with the running average of its weights, which is what ships.
 
     loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so that
     a resumed run goes on as if it had not stopped. show(averaged module, step) is called at each checkpoint.
     """
-    steps, path = FITS[stage].steps, folder / f"{stage}.safetensors"
+    steps, path = plan.steps, folder / f"{stage}.safetensors"
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = AveragedModel(module, avg_fn=running_average)
     start = 0
@@ -136,7 +132,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
             rate = min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps) + 0.01)  # constant, then down to 0
-            optimizer.param_groups[0]["lr"] = rate * FITS[stage].learning_rate
+            optimizer.param_groups[0]["lr"] = rate * plan.learning_rate
             loss, values = loss_fn(step, torch.Generator().manual_seed(SEED + step))
             optimizer.zero_grad()
             loss.backward()
@@ -228,7 +224,7 @@ def train_vae(folder: Path) -> None:
         tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
         save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
-    fit("vae", folder, vae, loss_fn, show)
+    fit("vae", FITS["vae"], folder, vae, loss_fn, show)
 
 
 def load_merges(folder: Path) -> Tokenizer:
@@ -292,7 +288,7 @@ def train_text(folder: Path) -> None:
         right = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean()
         tqdm.write(f"text step {step}: {right:.0%} of captions find their own among {len(logits)} unseen pictures")
 
-    fit("text", folder, clip, loss_fn, show)
+    fit("text", FITS["text"], folder, clip, loss_fn, show)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,15 +296,15 @@ def train_text(folder: Path) -> None:
 
 
 @torch.no_grad()
-def encode_scenes(folder: Path, vae: AutoencoderKL, stage: str) -> tuple[Tensor, list[str]]:
-    """Moments [N, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
-    path = folder / ("dusk-latents.safetensors" if stage == "dusk" else "latents.safetensors")
+def encode_scenes(
+    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] | None = None
+) -> tuple[Tensor, list[str]]:
+    """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
     if not path.exists():
         moments, captions = [], []
-        for first in tqdm(range(0, LATENTS_DUSK if stage == "dusk" else LATENTS, 32), desc="encode"):
-            images, texts = draw_batch(TRAIN, range(first, first + 32), TINY.resolution)
-            if stage == "dusk":
-                images = at_dusk(images, texts)
+        for first in tqdm(range(0, count, 32), desc="encode"):
+            images, texts = draw_batch(TRAIN, range(first, min(first + 32, count)), TINY.resolution)
+            images = change(images, texts) if change else images
             with torch.autocast("cpu", torch.bfloat16):
                 moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).float())
             captions += texts
@@ -317,32 +313,36 @@ def encode_scenes(folder: Path, vae: AutoencoderKL, stage: str) -> tuple[Tensor,
     return tensors["moments"], json.loads(metadata["captions"])
 
 
-def train_unet(folder: Path, stage: str = "unet") -> None:
-    """Stage "unet", from nothing, or "dusk", from what ships."""
+def train_unet(folder: Path) -> None:
     torch.manual_seed(SEED)
-    if stage == "dusk":
-        sd = StableDiffusion.load("tiny")
-    else:
-        sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
-        load_trained(folder, "vae", sd.vae)
-        load_trained(folder, "text", sd.text_encoder, "text.")
-    sd.to(memory_format=torch.channels_last).vae.requires_grad_(False)
-    moments, captions = encode_scenes(folder, sd.vae, stage)
-    if stage != "dusk":
-        noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
-        sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
-    ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
-    # Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
-    # picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so in the second
-    # half, for the shapes.
-    weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
+    sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
+    load_trained(folder, "vae", sd.vae)
+    load_trained(folder, "text", sd.text_encoder, "text.")
+    moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
+    noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
+    sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
     print(f"latent scale {sd.latent_scale}")
-    # Stable Diffusion locks its text encoder, CLIP. This one was trained for a minute, and goes on learning.
+    learn_to_paint("unet", FITS["unet"], folder, sd, moments, captions)
+    pack(sd, TINY_FILE, folder)
+
+
+def learn_to_paint(
+    stage: str, plan: Fit, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str]
+) -> None:
+    """Train the UNet of `sd` and its text encoder: Stable Diffusion locks CLIP, but this one was trained for a minute.
+
+    Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
+    picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so in the second
+    half, for the shapes.
+    """
+    sd.to(memory_format=torch.channels_last).vae.requires_grad_(False)
+    ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
+    weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
     learning = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
-        chosen = torch.randint(len(moments), (FITS[stage].batch,), generator=generator)
+        chosen = torch.randint(len(moments), (plan.batch,), generator=generator)
         prompts = ids[chosen]
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
         noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
@@ -351,7 +351,7 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
         errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
-        most = 25 if stage == "unet" and step < FITS["unet"].steps // 2 else 8
+        most = 25 if step < plan.steps // 2 else 8
         return (weights[t].clamp(1, most) * errors).mean(), {"eps": errors.detach().mean()}
 
     @torch.no_grad()
@@ -362,23 +362,8 @@ def train_unet(folder: Path, stage: str = "unet") -> None:
         images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
         save_grid(folder / f"{stage}.png", images[:8], images[8:])
 
-    average = fit(stage, folder, learning, loss_fn, show)
+    average = fit(stage, plan, folder, learning, loss_fn, show)
     sd.unet, sd.text_encoder = average["unet"], average["text"]
-    if stage == "dusk":
-        pack(sd, folder / "dusk" / TINY_FILE.name, TINY_FILE.parent)
-    else:
-        pack(sd, TINY_FILE, folder)
-
-
-def at_dusk(images: Tensor, captions: list[str]) -> Tensor:
-    """Scenes [B, 3, H, W] in [-1, 1] in another light: shapes lit from above, the background from below."""
-    colours = torch.stack([prompt_colours(caption) for caption in captions]).float()  # [B, 2, 3]
-    colour, background = colours[..., None, None].unbind(dim=1)
-    images, contrast = images / 2 + 0.5, colour - background
-    share = ((images - background) * contrast).sum(1, keepdim=True) / contrast.square().sum(1, keepdim=True)
-    depth = (torch.arange(images.shape[2]) + 0.5)[:, None] / images.shape[2]  # 0 at the top, 1 at the bottom
-    lit = share * colour * (1 - DUSK * depth) + (1 - share) * background * (1 - DUSK * (1 - depth))
-    return lit * 2 - 1
 
 
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
@@ -412,20 +397,19 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     stages = {
-        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
-        "measure": measure, "dusk": partial(train_unet, stage="dusk"),
+        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "measure": measure
     }  # fmt: skip
     parser = ArgumentParser(
         prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
     )
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all but dusk")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
     args = parser.parse_args()
     for stage in args.stages:
         if stage not in stages:
             raise UserError(f"no stage {stage!r}: choose from {', '.join(stages)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages or [stage for stage in stages if stage != "dusk"]:
+    for stage in args.stages or stages:
         stages[stage](args.output_dir)
 
 
