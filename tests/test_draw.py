@@ -48,7 +48,7 @@ def painter(run):
     return draw.Painter(sd, find_snapshots(run)[1], sd.preset.resolution, lambda hint: hint)
 
 
-SETTINGS = {"prompt": "coral circle with navy background", "seed": 0, "guidance_scale": 3.0, "steps": 10}
+SETTINGS = {"prompt": "coral circle with navy background", "seed": 0, "guidance_scale": 4.0, "steps": 10}
 
 
 def test_as_it_happens():

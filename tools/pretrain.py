@@ -382,7 +382,7 @@ def measure(folder: Path) -> None:
     images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
     decoded, psnr = reconstruct(sd.vae, images)
     print(f"VAE: PSNR {psnr:.2f} dB on {len(images)} unseen scenes")
-    settings = {"size": (TINY.resolution,) * 2, "steps": 20, "guidance_scale": TINY.guidance_scale}
+    settings = {"size": (TINY.resolution,) * 2, "steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale}
     parts = range(0, len(captions), 32)
     samples = torch.cat([generate(sd, [], [], captions[i : i + 32], seed=i, **settings) for i in tqdm(parts)])
     judged = torch.tensor([judge(sample, caption) for sample, caption in zip(samples, captions)]).mean(dim=0)
