@@ -1,10 +1,13 @@
-"""Inside the first steps of a training: `python notebooks/mechanism.py` writes docs/logs/mechanism-SEED.jsonl.
+"""Inside the first steps of a training: `python notebooks/mechanism.py` writes two logs in docs/logs for each seed.
 
 The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. Its learning rate
 falls only after these steps. After each of them, before its gradients are dropped, `Mechanism` looks at the factors on
 the hint's way to the output:
 
     hint -> the rest of the hint encoder -> u, its zero convolution -> the copy -> v, the 13 output zero convolutions
+
+mechanism-SEED.jsonl has what it saw. Sizes do not say what a factor does. So after the training `exchanges` puts
+networks together from the snapshots of two steps: exchange-SEED.jsonl has how far the hint moves their predictions.
 
 A seed whose log has all its steps is not trained again.
 """
@@ -23,13 +26,18 @@ from torch.nn.grad import conv2d_weight
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from controlnet import ControlNet
+from controlnet import ControlNet, Denoiser
+from convergence import HeldOut
 from support.errors import run_command_line
 from support.log import read_log, write_log
 from support.run import WHAT_A_RUN_LEAVES, Run
 from train import parse_arguments, prepare, train
+from weights import load_controlnet
 
 STEPS, SEEDS = 108, range(5)
+EXCHANGED, SNAPSHOTS = ((10, 40), (40, 60)), 10  # the rise and what follows it, up to the jump; steps between snapshots
+PARTS = ("encoder", "u", "copy", "v")
+SHUFFLES = 20
 FIELDS = ("step", "loss", "lr", "hint_sensitivity", "hint_gap", "heldout_loss")  # of train.py's log
 
 
@@ -93,13 +101,62 @@ def cosine(name: str, a: Tensor, b: Tensor) -> dict[str, float]:
     return {name: (a @ b).item() / norms} if norms > 0 else {}
 
 
-def measured_training(seed: int, steps: int) -> list[dict]:
-    """train.py's training of one seed, `steps` long, and what was measured at each step."""
+def part_of(name: str, controlnet: ControlNet) -> str:
+    """The factor that a tensor of the state dict belongs to."""
+    if name.startswith("hint_encoder."):
+        return "u" if name.startswith(f"hint_encoder.{len(controlnet.hint_encoder) - 1}.") else "encoder"
+    return "v" if name.startswith(("zero_convs.", "middle_zero_conv.")) else "copy"
+
+
+@torch.no_grad()
+def exchanges(denoiser: Denoiser, held_out: HeldOut, before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
+    """What the parts did between two states of `denoiser.controlnet`, which is left in a mixture of them.
+
+    before, after: hint sensitivity of the two. only_*: with this part alone from `after`. all_but_*: with all others
+    from there. features_before, features_after: the hint features (see Mechanism). features_only: with one layer of the
+    hint encoder from `after`, for each before u. features_shuffled: with what each layer's weight, or bias, has gained
+    added to it in a random order, for each of 20 orders. moved: root mean square of what a layer's weight has gained.
+    """
+    controlnet = denoiser.controlnet
+    *encoder, _ = controlnet.hint_encoder
+
+    def sensitivity(*parts: str) -> float:
+        controlnet.load_state_dict(before | {n: x for n, x in after.items() if part_of(n, controlnet) in parts})
+        return held_out.response(denoiser)["hint_sensitivity"]
+
+    def features(changed: dict[str, Tensor]) -> float:
+        controlnet.load_state_dict(before | changed)
+        return variation(nn.Sequential(*encoder)(held_out.own))
+
+    entry = {"before": sensitivity(), "after": sensitivity(*PARTS)}
+    entry |= {f"only_{part}": sensitivity(part) for part in PARTS}
+    entry |= {f"all_but_{part}": sensitivity(*(other for other in PARTS if other != part)) for part in PARTS}
+
+    layers = [f"hint_encoder.{i}." for i, layer in enumerate(encoder) if hasattr(layer, "weight")]
+    added = {n: after[n] - before[n] for n in before if part_of(n, controlnet) == "encoder"}
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(x: Tensor) -> Tensor:
+        return x.flatten()[torch.randperm(x.numel(), generator=generator)].view_as(x)
+
+    return entry | {
+        "features_before": features({}),
+        "features_after": features({n: after[n] for n in added}),
+        "features_only": [features({n: after[n] for n in added if n.startswith(layer)}) for layer in layers],
+        "features_shuffled": [
+            features({n: before[n] + shuffled(x) for n, x in added.items()}) for _ in range(SHUFFLES)
+        ],
+        "moved": [rms(added[f"{layer}weight"]) for layer in layers],
+    }
+
+
+def measured_training(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
+    """train.py's training of one seed, `steps` long: what was measured at each step, and the exchanges after it."""
     folder = ROOT / "runs" / f"mechanism-{seed}"
     for path in (folder / name for name in WHAT_A_RUN_LEAVES):  # that was stopped half-way; what is encoded stays
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     sys.argv = ["train.py", "--output-dir", str(folder), "--max-train-steps", str(steps), "--seed", str(seed),
-                "--validation-steps", "0", "--snapshot-steps", "0", "--cooldown", "0"]  # fmt: skip
+                "--validation-steps", "0", "--snapshot-steps", str(SNAPSHOTS), "--cooldown", "0"]  # fmt: skip
     args = parse_arguments()
     with Run(args) as run:
         args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
@@ -108,11 +165,25 @@ def measured_training(seed: int, steps: int) -> list[dict]:
         optimizer.register_step_post_hook(mechanism.measure)
         train(args, run, denoiser, optimizer, cached, latent_scale, held_out)
     entries = [{name: entry[name] for name in FIELDS} | m for entry, m in zip(run.history, mechanism.entries)]
-    return [{name: rounded(value) for name, value in entry.items()} for entry in entries]
+    done = [(a, b) for a, b in EXCHANGED if b <= len(entries)]
+    exchanged = [
+        {"step": b, "from": a} | exchanges(denoiser, held_out, *snapshots(folder, denoiser, a, b)) for a, b in done
+    ]
+    return [rounded(entry) for entry in entries], [rounded(entry) for entry in exchanged]
 
 
-def rounded(value: int | float) -> int | float:
-    return value if isinstance(value, int) else float(f"{value:.4g}")
+def snapshots(folder: Path, denoiser: Denoiser, *steps: int) -> list[dict[str, Tensor]]:
+    files = (folder / "snapshots" / f"step-{step}.safetensors" for step in steps)
+    return [load_controlnet(file, denoiser.unet).state_dict() for file in files]
+
+
+def rounded(entry: dict) -> dict:
+    def to_four_digits(value):
+        if isinstance(value, list):
+            return [to_four_digits(x) for x in value]
+        return value if isinstance(value, int) else float(f"{value:.4g}")
+
+    return {name: to_four_digits(value) for name, value in entry.items()}
 
 
 def main() -> None:
@@ -124,9 +195,10 @@ def main() -> None:
     for seed in args.seeds:
         path = args.output / f"mechanism-{seed}.jsonl"
         if len(read_log(path)) < args.steps:
-            entries = measured_training(seed, args.steps)
+            entries, exchanged = measured_training(seed, args.steps)
             if len(entries) < args.steps:
                 sys.exit(f"stopped: {path} was not written; run it again, and seed {seed} starts over")
+            write_log(args.output / f"exchange-{seed}.jsonl", exchanged)
             write_log(path, entries)
 
 
