@@ -35,6 +35,7 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import contact_sheet, save_picture, side_by_side, to_picture
+from tools.listen import listen, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
@@ -46,6 +47,7 @@ PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "conflicting": lambda prompt: prompt.replace(" circle ", " square "),
     "perfect": lambda prompt: prompt,
 }
+LOSS_STEPS = (30, 100, 180)  # whose loss is measured over t
 JUMP_STEPS = (30, 40, 50, 60, 100, 180)  # in docs/jump.png
 
 
@@ -183,6 +185,17 @@ def score(run: str, seed: int, step: int, prompt: str = "perfect") -> dict:
     return read_json(path.with_suffix(".json"), "delete it")
 
 
+def score_seeds() -> list[dict]:
+    """Loss of equation (5) in eight bands of t before the jump and after it, and without a ControlNet: same noise."""
+    noised, rows = noise_pairs(base(), DrawnImages(32, 128, DRAWN_HELD_OUT)), []
+    for seed in range(5):
+        for step in LOSS_STEPS:
+            loss = listen(base(), controlnet_at("seed", seed, step), noised).loss
+            means = {name: [round(band, 6) for band in loss[name].mean(dim=0).tolist()] for name in ("own", "none")}
+            rows.append({"seed": seed, "step": step} | means)
+    return rows
+
+
 def score_batch() -> list[dict]:
     """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
     rows, sizes = [], {"seed": 32} | {runs.name: int(runs.name.split("-")[1]) for runs in TABLE["batch"]}
@@ -249,7 +262,13 @@ def score_pairs() -> list[dict]:
     ]
 
 
-SCORES = {"batch": score_batch, "ablation": score_ablation, "first": score_first, "pairs": score_pairs}
+SCORES = {
+    "seeds": score_seeds,
+    "batch": score_batch,
+    "ablation": score_ablation,
+    "first": score_first,
+    "pairs": score_pairs,
+}
 
 
 # Pictures
