@@ -1,4 +1,4 @@
-"""Inside the first steps of a training: `python notebooks/mechanism.py` writes two logs in docs/logs for each seed.
+"""Inside the first steps of a training: `python notebooks/mechanism.py` writes three logs in docs/logs for each seed.
 
 The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. Its learning rate
 falls only after these steps. After each of them, before its gradients are dropped, `Mechanism` looks at the factors on
@@ -9,7 +9,9 @@ the hint's way to the output:
 mechanism-SEED.jsonl has what it saw. Sizes do not say what a factor does. So after the training `exchanges` puts
 networks together from the snapshots of two steps: exchange-SEED.jsonl has how far the hint moves their predictions.
 
-A seed whose log has all its steps is not trained again.
+held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised.
+
+What has all its steps is not trained again.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from support.run import WHAT_A_RUN_LEAVES, Run
 from train import parse_arguments, prepare, train
 from weights import load_controlnet
 
-STEPS, SEEDS = 108, range(5)
+STEPS, HELD_STEPS, SEEDS = 108, 160, range(5)
 EXCHANGED, SNAPSHOTS = ((10, 40), (40, 60)), 10  # the rise and what follows it, up to the jump; steps between snapshots
 PARTS = ("encoder", "u", "copy", "v")
 SHUFFLES = 20
@@ -150,14 +152,19 @@ def exchanges(denoiser: Denoiser, held_out: HeldOut, before: dict[str, Tensor], 
     }
 
 
-def measured_training(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
-    """train.py's training of one seed, `steps` long: what was measured at each step, and the exchanges after it."""
-    folder = ROOT / "runs" / f"mechanism-{seed}"
-    for path in (folder / name for name in WHAT_A_RUN_LEAVES):  # that was stopped half-way; what is encoded stays
+def options(name: str, steps: int, seed: int) -> tuple[argparse.Namespace, Path]:
+    """train.py's options for a run that starts over in runs/NAME-SEED, and that folder."""
+    folder = ROOT / "runs" / f"{name}-{seed}"
+    for path in (folder / left for left in WHAT_A_RUN_LEAVES):  # by one that was stopped; what is encoded stays
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     sys.argv = ["train.py", "--output-dir", str(folder), "--max-train-steps", str(steps), "--seed", str(seed),
                 "--validation-steps", "0", "--snapshot-steps", str(SNAPSHOTS), "--cooldown", "0"]  # fmt: skip
-    args = parse_arguments()
+    return parse_arguments(), folder
+
+
+def measured_training(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
+    """train.py's training of one seed, `steps` long: what was measured at each step, and the exchanges after it."""
+    args, folder = options("mechanism", steps, seed)
     with Run(args) as run:
         args, denoiser, optimizer, cached, latent_scale, held_out = prepare(args, run)
         args.preset = dataclasses.replace(args.preset, response_steps=1)  # hint sensitivity and gap at each step
@@ -170,6 +177,17 @@ def measured_training(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
         {"step": b, "from": a} | exchanges(denoiser, held_out, *snapshots(folder, denoiser, a, b)) for a, b in done
     ]
     return [rounded(entry) for entry in entries], [rounded(entry) for entry in exchanged]
+
+
+def held_training(seed: int, steps: int) -> list[dict]:
+    """The same training, but that the hint encoder before u stays as it was initialised: what train.py logs of it."""
+    args, _ = options("held", steps, seed)
+    with Run(args) as run:
+        args, denoiser, *others = prepare(args, run)
+        for layer in list(denoiser.controlnet.hint_encoder)[:-1]:
+            layer.requires_grad_(False)
+        train(args, run, denoiser, *others)
+    return [rounded({name: entry[name] for name in FIELDS if name in entry}) for entry in run.history]
 
 
 def snapshots(folder: Path, denoiser: Denoiser, *steps: int) -> list[dict[str, Tensor]]:
@@ -193,13 +211,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "logs", help="folder (default: docs/logs)")
     args = parser.parse_args()
     for seed in args.seeds:
-        path = args.output / f"mechanism-{seed}.jsonl"
-        if len(read_log(path)) < args.steps:
+        paths = {name: args.output / f"{name}-{seed}.jsonl" for name in ("mechanism", "exchange", "held")}
+        if len(read_log(paths["mechanism"])) < args.steps:
             entries, exchanged = measured_training(seed, args.steps)
-            if len(entries) < args.steps:
-                sys.exit(f"stopped: {path} was not written; run it again, and seed {seed} starts over")
-            write_log(args.output / f"exchange-{seed}.jsonl", exchanged)
-            write_log(path, entries)
+            stop_if_stopped(entries, args.steps)
+            write_log(paths["exchange"], exchanged)
+            write_log(paths["mechanism"], entries)
+        if len(read_log(paths["held"])) < HELD_STEPS:
+            entries = held_training(seed, HELD_STEPS)
+            stop_if_stopped(entries, HELD_STEPS)
+            write_log(paths["held"], entries)
+
+
+def stop_if_stopped(entries: list[dict], steps: int) -> None:
+    if len(entries) < steps:
+        sys.exit("stopped: run it again, and this training starts over")
 
 
 if __name__ == "__main__":
