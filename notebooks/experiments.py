@@ -292,12 +292,13 @@ def pictures_of_the_jump() -> None:
 def main() -> None:
     if unknown := set(sys.argv[1:]) - set(TABLE):
         sys.exit(f"no group {', '.join(sorted(unknown))}; there are {', '.join(TABLE)}")
-    for group in dict.fromkeys(["seeds", *(sys.argv[1:] or TABLE)]):  # whose latents and results the others use
+    asked = sys.argv[1:] or list(TABLE)
+    for group in dict.fromkeys(["seeds", *asked]):  # whose latents and results the others use
         for runs in TABLE[group]:
             train_all(runs)
-        if group in SCORES:
+        if group in asked and group in SCORES:
             write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
-        if group == "seeds":
+        if group in asked and group == "seeds":
             pictures_of_the_jump()
 
 
