@@ -1,4 +1,4 @@
-"""Inside the first steps of a training: `python notebooks/mechanism.py` writes three logs in docs/logs for each seed.
+"""Inside the first steps of a training: `python notebooks/mechanism.py` writes four logs in docs/logs for each seed.
 
 The training is train.py's, of the miniature's preset: same weights, batches, noise and arithmetic. Its learning rate
 falls only after these steps. After each of them, before its gradients are dropped, `Mechanism` looks at the factors on
@@ -9,7 +9,8 @@ the hint's way to the output:
 mechanism-SEED.jsonl has what it saw. Sizes do not say what a factor does. So after the training `exchanges` puts
 networks together from the snapshots of two steps: exchange-SEED.jsonl has how far the hint moves their predictions.
 
-held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised.
+held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised, and large-SEED.jsonl
+of one that does so too, but first makes its features 40 times as large.
 
 What has all its steps is not trained again.
 """
@@ -36,7 +37,8 @@ from support.run import WHAT_A_RUN_LEAVES, Run
 from train import parse_arguments, prepare, train
 from weights import load_controlnet
 
-STEPS, HELD_STEPS, SEEDS = 108, 160, range(5)
+STEPS, LOCKED_STEPS, SEEDS = 108, 160, range(5)
+LOCKED = {"held": 1, "large": 40}  # the features grow 27- to 75-fold in the trainings that are not locked
 EXCHANGED, SNAPSHOTS = ((10, 40), (40, 60)), 10  # the rise and what follows it, up to the jump; steps between snapshots
 PARTS = ("encoder", "u", "copy", "v")
 SHUFFLES = 20
@@ -179,13 +181,19 @@ def measured_training(seed: int, steps: int) -> tuple[list[dict], list[dict]]:
     return [rounded(entry) for entry in entries], [rounded(entry) for entry in exchanged]
 
 
-def held_training(seed: int, steps: int) -> list[dict]:
-    """The same training, but that the hint encoder before u stays as it was initialised: what train.py logs of it."""
-    args, _ = options("held", steps, seed)
+def locked_training(name: str, seed: int, steps: int) -> list[dict]:
+    """The same training, but that the hint encoder before u is LOCKED[name] times as large in its last layer and stays.
+
+    Returns what train.py logs of it.
+    """
+    args, _ = options(name, steps, seed)
     with Run(args) as run:
         args, denoiser, *others = prepare(args, run)
-        for layer in list(denoiser.controlnet.hint_encoder)[:-1]:
+        layers = [layer for layer in list(denoiser.controlnet.hint_encoder)[:-1] if hasattr(layer, "weight")]
+        for layer in layers:
             layer.requires_grad_(False)
+        for parameter in layers[-1].parameters():
+            parameter *= LOCKED[name]
         train(args, run, denoiser, *others)
     return [rounded({name: entry[name] for name in FIELDS if name in entry}) for entry in run.history]
 
@@ -211,16 +219,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "logs", help="folder (default: docs/logs)")
     args = parser.parse_args()
     for seed in args.seeds:
-        paths = {name: args.output / f"{name}-{seed}.jsonl" for name in ("mechanism", "exchange", "held")}
+        paths = {name: args.output / f"{name}-{seed}.jsonl" for name in ("mechanism", "exchange", *LOCKED)}
         if len(read_log(paths["mechanism"])) < args.steps:
             entries, exchanged = measured_training(seed, args.steps)
             stop_if_stopped(entries, args.steps)
             write_log(paths["exchange"], exchanged)
             write_log(paths["mechanism"], entries)
-        if len(read_log(paths["held"])) < HELD_STEPS:
-            entries = held_training(seed, HELD_STEPS)
-            stop_if_stopped(entries, HELD_STEPS)
-            write_log(paths["held"], entries)
+        for name in LOCKED:
+            if len(read_log(paths[name])) < LOCKED_STEPS:
+                entries = locked_training(name, seed, LOCKED_STEPS)
+                stop_if_stopped(entries, LOCKED_STEPS)
+                write_log(paths[name], entries)
 
 
 def stop_if_stopped(entries: list[dict], steps: int) -> None:
