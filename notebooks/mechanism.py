@@ -9,8 +9,8 @@ the hint's way to the output:
 mechanism-SEED.jsonl has what it saw. Sizes do not say what a factor does. So after the training `exchanges` puts
 networks together from the snapshots of two steps: exchange-SEED.jsonl has how far the hint moves their predictions.
 
-held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised, large-SEED.jsonl of
-one that leaves it so too, but first makes its features 40 times as large.
+held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised; large-SEED.jsonl
+is of one that leaves it so too, but first makes its features 40 times as large.
 
 What has all its steps is not trained again.
 """
