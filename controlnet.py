@@ -9,7 +9,7 @@ import ablations
 from unet import UNet, UNetConfig, run_block
 
 HINT_CHANNELS = (16, 32, 96, 256)
-GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it is published
+GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it that we know of
 
 
 def zero_conv(channels: int) -> nn.Conv2d:

@@ -20,7 +20,7 @@ from support.loading import load_to_sample, locate_controlnet
 from support.pictures import fit_image, open_image, save_samples
 from support.randomness import DDIM_NOISE, generator_for
 
-AT_ONCE = 8  # images in a batch: more would take more memory than a training step
+AT_ONCE = 8  # images in a batch, to bound the memory
 CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 
 
@@ -39,8 +39,7 @@ def generate(
     several ControlNets are added (Fig. 6), each times its strength and control_weights(weighting). With `both_sides`
     both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4),
     and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
-    `control_end`. What is in half precision is computed in half precision. `watch` is shown the images as predicted at
-    each step.
+    `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as predicted at each step.
     """
     device, strengths = sd.device, strengths or [1.0] * len(controlnets)
     height, width = hints[0].shape[2:] if hints else size

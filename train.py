@@ -1,7 +1,7 @@
 """Train a ControlNet: load a base, lock it, copy its encoder, and minimise equation (5). One flat loop.
 
 `python train.py` runs on the miniature that ships here, with nothing to download; `python train.py --base sd15` is
-the paper's experiment on fill50k, meant for one 24 GB card.
+the released code's tutorial on fill50k, meant for one 24 GB card.
 """
 
 import json
@@ -49,7 +49,7 @@ def parse_arguments() -> Namespace:
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.seed, default=0)
     add("--mixed-precision", choices=("no", "auto", "bf16", "fp16"), help=f"auto: by device {both('mixed_precision')}")
-    add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, about a third more time")
+    add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, a third more arithmetic")
     add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
     add("--checkpointing-steps", type=whole, default=500, decides=False, help="default: 500, and always at the end")
     add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="keep the newest so many (default: 2)")
