@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from animation import COLUMNS, animate, cut
 
 from controlnet import ControlNet, Denoiser
-from convergence import FOLLOWED, HeldOut, forecast, jump_step, plot_convergence
+from convergence import HeldOut, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_iou, colour_error
 from sample import generate
@@ -39,7 +39,7 @@ from tools.listen import listen, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
-EQUAL = 100  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
+EQUAL = 100  # steps after which networks are compared
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "none": lambda prompt: "",
@@ -58,7 +58,6 @@ class Runs(NamedTuple):
     seeds: Sequence[int]
     steps: int
     options: str = ""
-    portion: int = 0  # not 0: train so many steps at a time, and stop after the jump
 
 
 # All hold out the same 32 hints, so that runs of one seed have the same latents, encoded once. The learning rate is
@@ -76,12 +75,6 @@ TABLE = {
         Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
         Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
     ],
-    "batch": [  # 23 min, as small batches take more time for a sample; batch 32 is in `seeds`; 64 goes on to its jump
-        Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),
-        Runs("batch-8", range(3), 400, "--train-batch-size 8 --snapshot-steps 10"),
-        Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
-        Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
-    ],
     "ablation": [  # 14 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
         Runs("lite", range(5), 160, f"--copy lite --snapshot-steps {EQUAL}"),
@@ -90,14 +83,7 @@ TABLE = {
         Runs("first-zero", range(3), 10, EVERY_STEP),
         Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
     ],
-    "pairs": [  # 8 min: with the 1,000 of `seeds`
-        Runs("pairs-20", range(3), EQUAL, "--data runs/drawn-20-{seed}"),
-        Runs("pairs-200", range(3), EQUAL, "--data runs/drawn-200-{seed}"),
-    ],
-    "released": [  # until the jump; one seed longer than the others
-        Runs("released", [0], 5000, "--hint-init default", portion=200),
-        Runs("released", [1, 2], 1000, "--hint-init default", portion=200),
-    ],
+    "released": [Runs("released", [0], 600, "--hint-init default")],  # 9 min
 }
 
 
@@ -107,9 +93,7 @@ TABLE = {
 def train(name: str, seed: int, steps: int, options: str) -> list[dict]:
     """Train the run NAME-SEED up to `steps`, as far as it is not yet there; returns its log."""
     folder, encoded = RUNS / f"{name}-{seed}", RUNS / f"seed-{seed}" / "cache"
-    if "--data" in options:
-        draw(ROOT / options.split()[1])
-    elif encoded.exists() and not folder.exists():
+    if encoded.exists() and not folder.exists():
         shutil.copytree(encoded, folder / "cache")
     if len(read_log(folder / "log.jsonl")) < steps:
         place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {steps}"
@@ -123,18 +107,7 @@ def train(name: str, seed: int, steps: int, options: str) -> list[dict]:
 
 def train_all(runs: Runs) -> None:
     for seed in runs.seeds:
-        for steps in range(runs.portion or runs.steps, runs.steps + 1, runs.portion or 1):
-            log = train(runs.name, seed, steps, runs.options.format(seed=seed))
-            if runs.portion and jump_step(log):
-                break
-
-
-def draw(folder: Path) -> None:
-    """Draw the pairs of `folder`, drawn-COUNT-SEED: the first of those that the run seed-SEED is trained on."""
-    _, count, seed = folder.name.split("-")
-    if not (folder / "prompt.json").exists():
-        command = f"-m tools.draw_pairs --count {count} --seed {seed} --size 128 --output runs/{folder.name}".split()
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        train(runs.name, seed, runs.steps, runs.options)
 
 
 # Scores
@@ -196,21 +169,6 @@ def score_seeds() -> list[dict]:
     return rows
 
 
-def score_batch() -> list[dict]:
-    """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
-    rows, sizes = [], {"seed": 32} | {runs.name: int(runs.name.split("-")[1]) for runs in TABLE["batch"]}
-    for run, size in sizes.items():
-        for seed in range(3):
-            log = read_log(RUNS / f"{run}-{seed}" / "log.jsonl")
-            made, _ = forecast(log) or (len(log), None)
-            for step in range(max(made - 20, 10), len(log) + 1, 10):  # it is made of the mean of the last 20 steps
-                rows.append(score(run, seed, step) | {"batch": size})
-                if np.mean(np.array(rows[-1]["iou"]) >= FOLLOWED) >= 0.6:
-                    break
-            rows.append(score(run, seed, EQUAL * 32 // size) | {"batch": size})
-    return rows
-
-
 def score_ablation() -> list[dict]:
     """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-RUN.png."""
     runs = ("seed", "gaussian", "lite")
@@ -254,21 +212,7 @@ def distance(controlnet: ControlNet) -> float:
     return (squares[0] / squares[1]).sqrt().item()
 
 
-def score_pairs() -> list[dict]:
-    return [
-        score(run, seed, EQUAL) | {"pairs": count}
-        for run, count in (("pairs-20", 20), ("pairs-200", 200), ("seed", 1000))
-        for seed in range(3)
-    ]
-
-
-SCORES = {
-    "seeds": score_seeds,
-    "batch": score_batch,
-    "ablation": score_ablation,
-    "first": score_first,
-    "pairs": score_pairs,
-}
+SCORES = {"seeds": score_seeds, "ablation": score_ablation, "first": score_first}
 
 
 # Pictures
