@@ -10,9 +10,11 @@ def news(history: list[dict]) -> list[str]:
         if growth_step(history) == entry["step"]:
             lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
         if (expected := forecast(history)) and expected[0] == entry["step"] and jump_step(history) is None:
-            lines.append(f"samples follow their hints at about step {expected[1]}, give or take a quarter")
+            lines.append(f"samples begin to follow their hints at about step {expected[1]}, give or take a third")
         if jump_step(history) == entry["step"]:
-            lines.append("the jump: another pair's hint costs half of the held-out loss, samples follow their hints")
+            lines.append(
+                "the jump: another pair's hint costs half of the held-out loss, samples begin to follow their hints"
+            )
     if "iou" in entry:
         lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
                      f"{entry['followed']:.0%} of hints followed")  # fmt: skip

@@ -67,7 +67,7 @@ def test_what_is_said_when():
     assert news(entries[:4]) == news(entries[:5]) == []
     assert news(entries[:6]) == [
         "step 50: the hint sensitivity is growing: 2.0e-02",
-        "step 50: samples follow their hints at about step 80, give or take a quarter",
+        "step 50: samples begin to follow their hints at about step 80, give or take a third",
     ]
     assert news(entries) == news([]) == []
 
