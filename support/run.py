@@ -318,6 +318,7 @@ class Run:
         else:
             hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
             command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]
-            self.say(f"now: {shlex.join([*command, '--prompt', prompt])}")
+            command += ["--prompt", prompt, "--control-mode", "conditional"]  # as the previews are sampled
+            self.say(f"now: {shlex.join(command)}")
             if (self.folder / "snapshots").is_dir():
                 self.say(f"or draw hints and scrub through the training: python draw.py --run {self.folder}")
