@@ -2,7 +2,7 @@
 
 What ships is fine-tuned to paint the same shapes in another light, from above on the shape and from below on the
 background. The ControlNet that was trained on the first base is then put on both, unchanged: the table that is printed
-says what follows, docs/dusk.png shows it.
+says what follows, and is kept in docs/logs/dusk.json; docs/dusk.png shows it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from metrics import circle_distance, prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.errors import run_command_line
+from support.files import save_json
 from support.pictures import contact_sheet, save_picture
 from tools.pretrain import SEED, Fit, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
@@ -71,21 +72,25 @@ def train(folder: Path) -> None:
 
 @torch.no_grad()
 def transfer(path: Path, controlnet: Path) -> None:
-    """Print how the ControlNet does on each base, and save docs/dusk.png."""
+    """Print how the ControlNet does on each base, and save docs/logs/dusk.json and docs/dusk.png."""
     pairs = DrawnImages(HINTS, TINY.resolution, DRAWN_HELD_OUT)
     hints, targets = (torch.stack([part(i) for i in range(HINTS)]) for part in (pairs.hint, pairs.image))
     settings = {"steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale, "both_sides": False}
-    rows = {"hint": hints * 2 - 1}
+    rows, table = {"hint": hints * 2 - 1}, {}
     print(f"{HINTS} held-out hints{'':13}IoU, mean   followed   error to the target: as drawn, at dusk")
-    for name, base, light in (("first base", "tiny", daylight), ("second base", path, at_dusk)):
+    for name, base, light in (("first", "tiny", daylight), ("second", path, at_dusk)):
         sd = StableDiffusion.load(base)
-        for label, networks in (("alone", []), ("ControlNet", [load_controlnet(controlnet, sd.unet)])):
+        for label, networks in (("alone", []), ("controlled", [load_controlnet(controlnet, sd.unet)])):
             images = generate(sd, networks, [hints] * len(networks), pairs.prompts, size=hints.shape[2:], **settings)
             iou = iou_in_light(images, hints, pairs.prompts, light)
             errors = [(images - there(targets, pairs.prompts)).abs().mean() / 2 for there in (daylight, at_dusk)]
-            scores = f"{iou.mean():10.2f}{(iou >= FOLLOWED).float().mean():10.0%}"
-            print(f"{f'{name}, {label}':27}{scores}{errors[0]:15.3f}{errors[1]:11.3f}")
-            rows[f"{name}\n{label}"] = images
+            scores = {"iou": iou.mean(), "followed": (iou >= FOLLOWED).float().mean()}
+            scores |= {"error_as_drawn": errors[0], "error_at_dusk": errors[1]}
+            table[f"{name} base, {label}"] = row = {score: round(value.item(), 4) for score, value in scores.items()}
+            print("{:27}{iou:10.2f}{followed:10.0%}{error_as_drawn:15.3f}{error_at_dusk:11.3f}".format(
+                f"{name} base, {label}", **row))  # fmt: skip
+            rows[f"{name}\nbase,\n{label}"] = images
+    save_json(table, ROOT / "docs" / "logs" / "dusk.json")
     shown = {label: images[:SHOWN] for label, images in rows.items()}
     save_picture(contact_sheet(shown, pairs.prompts[:SHOWN]), ROOT / "docs" / "dusk.png")
 
