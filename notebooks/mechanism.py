@@ -10,7 +10,7 @@ mechanism-SEED.jsonl has what it saw. Sizes do not say what a factor does. So af
 networks together from the snapshots of two steps: exchange-SEED.jsonl has how far the hint moves their predictions.
 
 held-SEED.jsonl is of another training, which leaves the hint encoder before u as it was initialised; large-SEED.jsonl
-is of one that leaves it so too, but first makes its features 40 times as large.
+is of one that leaves it so too, but first makes its last layer 40 times as large.
 
 What has all its steps is not trained again.
 """
