@@ -140,7 +140,7 @@ def means_of_three(history: list[dict]) -> Iterator[tuple[int, float, float, flo
 def jump_step(history: list[dict]) -> int | None:
     """The first logged step by which another pair's hint costs half of the held-out loss, or None.
 
-    About then samples follow their hints: docs/convergence.md has how exactly, and in which trainings.
+    About then samples begin to follow their hints: docs/convergence.md has how exactly, and in which trainings.
     """
     return next((step for step, _, gap, loss in means_of_three(history) if gap >= JUMP * loss), None)
 

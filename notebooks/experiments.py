@@ -4,9 +4,8 @@ TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one 
 and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
 docs/logs/scores-GROUP.jsonl, pictures to docs. Delete runs/ when the base or the defaults have changed.
 
-On two CPU cores, at 0.8 s for a step of batch 32, the steps of all groups but the last take 81 minutes. Encoding, the
-previews of `seeds` and the scores come on top: about 40 minutes by what they cost in steps (a preview of 32 hints takes
-as long as ten), not yet timed. `released` stops after its jump, so what it takes is not known: 94 minutes at most.
+All of it took 111 minutes of one core of an AMD EPYC with AVX-512, each group about what TABLE says, the scores 14 of
+them; two ran side by side, one on each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27).
 """
 
 import shutil
@@ -67,23 +66,23 @@ DEFAULT = f"--cooldown {TINY.cooldown} --validation-steps 20 --snapshot-steps 10
 assert TINY.max_train_steps * (1 - TINY.cooldown) >= EQUAL  # else `seeds` are no match for the others at EQUAL
 EVERY_STEP = "--snapshot-steps 1 --checkpointing-steps 1 --checkpoints-total-limit 10"
 TABLE = {
-    "seeds": [  # 13 min, and as much for the previews; docs/jump.webp takes them from seed 0
+    "seeds": [  # 40 min, half of it for the previews; docs/jump.webp takes them from seed 0
         Runs("seed", [0], TINY.max_train_steps, f"{DEFAULT} --validation-steps 10"),
         Runs("seed", range(1, 5), TINY.max_train_steps, DEFAULT),
     ],
-    "rates": [  # 9 min: half and double of the preset's
+    "rates": [  # 15 min: half and double of the preset's
         Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
         Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
     ],
-    "ablation": [  # 14 min; a step of lite takes seven tenths of the time
+    "ablation": [  # 27 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
         Runs("lite", range(5), 160, f"--copy lite --snapshot-steps {EQUAL}"),
     ],
-    "first": [  # 1 min: the first ten steps
+    "first": [  # 2 min: the first ten steps
         Runs("first-zero", range(3), 10, EVERY_STEP),
         Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
     ],
-    "released": [Runs("released", [0], 600, "--hint-init default")],  # 9 min
+    "released": [Runs("released", [0], 600, "--hint-init default")],  # 13 min
 }
 
 
