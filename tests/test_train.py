@@ -70,7 +70,7 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "convergence.png").height > 500
     output = capsys.readouterr().out
     assert "step 10: the hint sensitivity is growing: " in output
-    assert "step 20: the jump: " in output
+    assert "step 20: the jump: " in output and " --control-mode conditional" in output
     assert f"IoU of samples and hints {log[20]['iou']:.2f}" in output
 
 
