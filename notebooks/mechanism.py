@@ -13,7 +13,7 @@ held-SEED.jsonl is of another training, which leaves the hint encoder before u a
 is of one that leaves it so too, but first makes its last layer 40 times as large.
 
 What has all its steps is not trained again. A seed takes twelve minutes of one core of an AMD EPYC with AVX-512
-(2026-11-27). In docs/logs `large` has the seeds 0 to 2.
+(2026-11-27).
 """
 
 import argparse
