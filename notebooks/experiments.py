@@ -89,24 +89,18 @@ TABLE = {
 # Training
 
 
-def train(name: str, seed: int, steps: int, options: str) -> list[dict]:
-    """Train the run NAME-SEED up to `steps`, as far as it is not yet there; returns its log."""
-    folder, encoded = RUNS / f"{name}-{seed}", RUNS / f"seed-{seed}" / "cache"
+def train(runs: Runs, seed: int) -> None:
+    """Train the run of this seed as far as it is not yet there, and copy its log."""
+    folder, encoded = RUNS / f"{runs.name}-{seed}", RUNS / f"seed-{seed}" / "cache"
     if encoded.exists() and not folder.exists():
         shutil.copytree(encoded, folder / "cache")
-    if len(read_log(folder / "log.jsonl")) < steps:
-        place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {steps}"
-        command = f"train.py {place} {ALWAYS} {options}".split()
+    if len(read_log(folder / "log.jsonl")) < runs.steps:
+        place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {runs.steps}"
+        command = f"train.py {place} {ALWAYS} {runs.options}".split()
         if (folder / "config.json").exists():
             command += ["--resume-from-checkpoint", "latest"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     shutil.copy(folder / "log.jsonl", LOGS / f"{folder.name}.jsonl")
-    return read_log(folder / "log.jsonl")
-
-
-def train_all(runs: Runs) -> None:
-    for seed in runs.seeds:
-        train(runs.name, seed, runs.steps, runs.options)
 
 
 # Scores
@@ -238,7 +232,8 @@ def main() -> None:
     asked = sys.argv[1:] or list(TABLE)
     for group in dict.fromkeys(["seeds", *asked]):  # whose latents and results the others use
         for runs in TABLE[group]:
-            train_all(runs)
+            for seed in runs.seeds:
+                train(runs, seed)
         if group in asked and group in SCORES:
             write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
         if group in asked and group == "seeds":
