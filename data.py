@@ -15,8 +15,8 @@ from support.hub import fetch_folder
 from support.listing import open_pair, read_listing
 from support.pictures import fit_image, open_image
 
-DRAWN = ("drawn", "drawn-palette")  # --data: with a ring as the hint, or with the two colours
-DRAWN_PAIRS = 1000
+DRAWN_PAIRS = {"drawn": 1000, "drawn-palette": 8000}  # --data: the hint is a ring, or the two colours
+STRIPES = 16  # of a palette
 DRAWN_HELD_OUT = 2**32 - 1  # seed of the drawn pairs that are never trained on
 SHAPES = ("circle", "square", "triangle")  # fill50k has circles; the miniature knows all
 MIN_COLOUR_DISTANCE = 0.25 * 255  # so that disc and background can be told apart
@@ -41,9 +41,10 @@ def draw_outline(distance: np.ndarray) -> Image.Image:
 
 
 def draw_palette(colour: np.ndarray, background: np.ndarray, size: int) -> Image.Image:
-    """A hint that says what colours to paint and not where: the shape's on the left, the background's on the right."""
-    halves = np.where(np.arange(size)[:, None] < size // 2, colour, background)  # [size, 3], one row of it
-    return Image.fromarray(np.repeat(np.uint8(halves)[None], size, axis=0))
+    """A hint that says what colours to paint and not where: stripes of the shape's and the background's in turn."""
+    even = np.arange(size)[:, None] * STRIPES // size % 2 == 0
+    row = np.where(even, colour, background)  # [size, 3]
+    return Image.fromarray(np.repeat(np.uint8(row)[None], size, axis=0))
 
 
 def draw_scene(
@@ -146,11 +147,11 @@ class DrawnImages(Pairs):
 def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[Pairs, Pairs]:
     """The pairs to train on, and `held_out` others that are never trained on, but at most a tenth of a folder's.
 
-    `source` is one of DRAWN, "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB), or a
+    `source` is one of DRAWN_PAIRS, "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB), or a
     folder. A folder of fewer than ten pairs has none to spare; its first pairs then serve as both. Raises UserError.
     """
-    if source in DRAWN:
-        sets = ((DRAWN_PAIRS, seed), (held_out, DRAWN_HELD_OUT))
+    if source in DRAWN_PAIRS:
+        sets = ((DRAWN_PAIRS[source], seed), (held_out, DRAWN_HELD_OUT))
         return tuple(DrawnImages(count, resolution, s, palette=source == "drawn-palette") for count, s in sets)
     if source == "fill50k":
         advice = "unpack a copy and pass its folder with --data"

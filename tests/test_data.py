@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from standin import ROOT, SAMPLE
 
-from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, draw_fill50k, open_pairs
+from data import DRAWN_HELD_OUT, DRAWN_PAIRS, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
 from support.errors import UserError
@@ -78,14 +78,14 @@ def test_palettes_show_the_two_colours_of_the_same_pictures():
     for i in range(5):
         assert torch.equal(palettes.image(i), rings.image(i))
         hint, colours = palettes.hint(i), prompt_colours(palettes.prompts[i])
-        assert torch.equal(hint[:, :, :32], colours[0, :, None, None].expand(3, 64, 32).float())
-        assert torch.equal(hint[:, :, 32:], colours[1, :, None, None].expand(3, 64, 32).float())
+        for stripe, columns in enumerate(hint.split(4, dim=2)):  # sixteen, the shape's colour first
+            assert torch.equal(columns, colours[stripe % 2, :, None, None].expand(3, 64, 4).float())
         assert palettes.content(i) != rings.content(i)
     assert not is_circle_task(palettes.hint(0)[None], palettes.prompts[:1])
 
 
 def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.DRAWN_PAIRS", 5)
+    monkeypatch.setitem(DRAWN_PAIRS, "drawn", 5)
     training, held_out = open_pairs("drawn", 64, seed=0, held_out=3)
     assert (len(training), len(held_out)) == (5, 3)
     assert held_out.prompts == DrawnImages(3, 64, DRAWN_HELD_OUT).prompts

@@ -48,7 +48,7 @@ def test_the_learning_rate_falls_at_the_end(tmp_path, monkeypatch):
 def test_what_is_measured(tmp_path, monkeypatch, capsys):
     """Sensitivity and gap every 5 steps, IoU and colour error of more hints than a preview shows, two sentences."""
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
-    monkeypatch.setattr(data, "DRAWN_PAIRS", 8)
+    monkeypatch.setitem(data.DRAWN_PAIRS, "drawn", 8)
     monkeypatch.setattr("support.news.growth_step", lambda history: 10 if len(history) >= 10 else None)
     monkeypatch.setattr("support.news.jump_step", lambda history: 20 if len(history) >= 20 else None)
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from controlnet import ControlNet
-from data import DRAWN, PairedImages, Pairs, open_pairs
+from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import StableDiffusion
 from support import options
@@ -243,7 +243,7 @@ def main() -> None:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
-    if args.data in (*DRAWN, "fill50k"):
+    if args.data in (*DRAWN_PAIRS, "fill50k"):
         _, pairs = open_pairs(args.data, args.resolution, 0, args.pairs)
     else:
         pairs = PairedImages(args.data, args.resolution).select(slice(-args.pairs, None))
