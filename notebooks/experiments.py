@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from animation import COLUMNS, animate, cut
 
 from controlnet import ControlNet, Denoiser
-from convergence import HeldOut, plot_convergence
+from convergence import FOLLOWED, HeldOut, forecast, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_iou, colour_error
 from sample import generate
@@ -38,7 +38,8 @@ from tools.listen import listen, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
-EQUAL = 100  # steps after which networks are compared
+EQUAL = 100  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
+LONG = 400  # steps of lite, which jumps late
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
     "none": lambda prompt: "",
@@ -79,16 +80,28 @@ TABLE = {
         Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
         Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
     ],
+    "batch": [  # 64 and 128 go on to their jumps
+        Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),
+        Runs("batch-8", range(3), 400, "--train-batch-size 8 --snapshot-steps 10"),
+        Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
+        Runs("batch-32", range(3), EQUAL, "--snapshot-steps 10"),
+        Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
+        Runs("batch-128", range(3), 60, "--train-batch-size 128 --snapshot-steps 10"),
+    ],
     "ablation": [  # 27 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
-        Runs("lite", range(5), 160, f"--copy lite --snapshot-steps {EQUAL}"),
+        Runs("lite", range(5), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
     ],
     "first": [  # 2 min: the first ten steps
         Runs("first-zero", range(3), 10, EVERY_STEP),
         Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
     ],
+    "pairs": [  # with the 1,000 of `seeds`
+        Runs("pairs-20", range(3), EQUAL, "--data runs/drawn-20-{seed}"),
+        Runs("pairs-200", range(3), EQUAL, "--data runs/drawn-200-{seed}"),
+    ],
     "settings": [],  # no training: other settings and other noise for the results of two of `seeds`; 2 min
-    "released": [Runs("released", [0], 600, "--hint-init default")],  # 13 min
+    "released": [Runs("released", range(3), 600, "--hint-init default")],  # 40 min
 }
 
 
@@ -98,15 +111,26 @@ TABLE = {
 def train(runs: Runs, seed: int) -> None:
     """Train the run of this seed as far as it is not yet there, and copy its log."""
     folder, encoded = RUNS / f"{runs.name}-{seed}", RUNS / f"seed-{seed}" / "cache"
-    if encoded.exists() and not folder.exists():
+    options = runs.options.format(seed=seed)
+    if "--data" in options:
+        draw(ROOT / options.split()[1])
+    elif encoded.exists() and not folder.exists():
         shutil.copytree(encoded, folder / "cache")
     if len(read_log(folder / "log.jsonl")) < runs.steps:
         place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {runs.steps}"
-        command = f"train.py {place} {ALWAYS} {runs.options}".split()
+        command = f"train.py {place} {ALWAYS} {options}".split()
         if (folder / "config.json").exists():
             command += ["--resume-from-checkpoint", "latest"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     shutil.copy(folder / "log.jsonl", LOGS / f"{folder.name}.jsonl")
+
+
+def draw(folder: Path) -> None:
+    """Draw the pairs of `folder`, drawn-COUNT-SEED: the first of those that the run seed-SEED is trained on."""
+    _, count, seed = folder.name.split("-")
+    if not (folder / "prompt.json").exists():
+        command = f"-m tools.draw_pairs --count {count} --seed {seed} --size 128 --output runs/{folder.name}".split()
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 # Scores
@@ -171,7 +195,8 @@ def score_seeds() -> list[dict]:
 def score_ablation() -> list[dict]:
     """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-RUN.png."""
     runs = ("seed", "gaussian", "lite")
-    rows = [score(run, seed, EQUAL, prompt) for run in runs for seed in range(5) for prompt in PROMPTS]
+    scored = [(run, EQUAL) for run in runs] + [("lite", LONG)]
+    rows = [score(run, seed, step, prompt) for run, step in scored for seed in range(5) for prompt in PROMPTS]
     for run in runs:
         samples = [Image.open(picture(run, 0, EQUAL, prompt)) for prompt in PROMPTS]
         save_picture(side_by_side(samples), DOCS / f"ablation-{'zero' if run == 'seed' else run}.png")
@@ -211,6 +236,29 @@ def distance(controlnet: ControlNet) -> float:
     return (squares[0] / squares[1]).sqrt().item()
 
 
+def score_batch() -> list[dict]:
+    """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
+    rows, sizes = [], {runs.name: int(runs.name.split("-")[1]) for runs in TABLE["batch"]}
+    for run, size in sizes.items():
+        for seed in range(3):
+            log = read_log(RUNS / f"{run}-{seed}" / "log.jsonl")
+            made, _ = forecast(log) or (len(log), None)
+            for step in range(max(made // 10 * 10 - 20, 10), len(log) + 1, 10):  # as forecasts look 20 steps back
+                rows.append(score(run, seed, step) | {"batch": size})
+                if np.mean(np.array(rows[-1]["iou"]) >= FOLLOWED) >= 0.6:
+                    break
+            rows.append(score(run, seed, EQUAL * 32 // size) | {"batch": size})
+    return rows
+
+
+def score_pairs() -> list[dict]:
+    return [
+        score(run, seed, EQUAL) | {"pairs": count}
+        for run, count in (("pairs-20", 20), ("pairs-200", 200), ("seed", 1000))
+        for seed in range(3)
+    ]
+
+
 def score_settings() -> list[dict]:
     """The IoU of each of 32 held-out hints, by settings of the sampler and the noise that it starts from."""
     pairs, rows = DrawnImages(32, 128, DRAWN_HELD_OUT), []
@@ -224,7 +272,14 @@ def score_settings() -> list[dict]:
     return rows
 
 
-SCORES = {"settings": score_settings, "seeds": score_seeds, "ablation": score_ablation, "first": score_first}
+SCORES = {
+    "seeds": score_seeds,
+    "batch": score_batch,
+    "ablation": score_ablation,
+    "first": score_first,
+    "pairs": score_pairs,
+    "settings": score_settings,
+}
 
 
 # Pictures
