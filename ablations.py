@@ -7,13 +7,13 @@ from unet import UNet
 
 
 def gaussian_weights(*convs: nn.Conv2d) -> None:
-    """Fig. 8b: ordinary Gaussian weights (std 0.02, bias as it is, 0) where ControlNet has zero convolutions."""
+    """Fig. 8b: Gaussian weights where ControlNet has zero convolutions. Std 0.02 is our choice; the bias stays 0."""
     for conv in convs:
         nn.init.normal_(conv.weight, std=0.02)
 
 
 class LiteBlock(nn.Module):
-    """Fig. 8c: one 3x3 convolution in the place of a copied block; it sees neither time nor prompt."""
+    """Fig. 8c: one convolution, here 3x3 with SiLU, in a copied block's place; it sees neither time nor prompt."""
 
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()

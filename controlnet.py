@@ -6,10 +6,16 @@ import torch
 from torch import Tensor, nn
 
 import ablations
-from unet import UNet, UNetConfig, run_block
+from unet import UNet, UNetConfig, encoder_channels, run_block
 
 HINT_CHANNELS = (16, 32, 96, 256)
 GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it that we know of
+CONTROL_MODES = {  # factors of the 13 residuals, see control_weights
+    "uniform": [1.0] * 13,
+    "conditional": [1.0] * 13,
+    "guess": [GUESS_DECAY ** (12 - i) for i in range(13)],
+    "resolution": [1.0] * 3 + [2.0] * 3 + [4.0] * 3 + [8.0] * 4,
+}
 
 
 def zero_conv(channels: int) -> nn.Conv2d:
@@ -121,8 +127,8 @@ class ControlNet(nn.Module):
 class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
-    What is locked and what learns is set here: the UNet is locked (Θ in equation 2) and stored in `precision`, which
-    autocast computes in; the ControlNet learns. `trained` holds the modules that learn, by name, in float32.
+    The UNet is locked here (Θ in equation 2) and stored in `precision`, which autocast computes in. The ControlNet
+    learns, as from_unet made it. `trained` holds the modules that learn, by name, in float32.
     """
 
     def __init__(
@@ -154,15 +160,6 @@ class Denoiser(nn.Module):
             return self.unet(z, t, context, self.controlnet(z, hint, t, context)).float()
 
 
-def encoder_channels(config: UNetConfig) -> list[int]:
-    """Channels of the features after each of the 12 encoder blocks."""
-    widths = [config.model_channels]
-    for level, mult in enumerate(config.channel_mult):
-        downsample = level < len(config.channel_mult) - 1
-        widths += [mult * config.model_channels] * (config.num_res_blocks + downsample)
-    return widths
-
-
 def control_weights(mode: str, strength: float = 1.0) -> list[float]:
     """A factor for each of the 13 residuals, in their order (shallow to deep, the middle last).
 
@@ -170,15 +167,9 @@ def control_weights(mode: str, strength: float = 1.0) -> list[float]:
     (Sec. 3.4), at any size the latent's side over the feature's; the released code has no such formula.
     Raises ValueError for other modes.
     """
-    weights = {
-        "uniform": [1.0] * 13,
-        "conditional": [1.0] * 13,
-        "guess": [GUESS_DECAY ** (12 - i) for i in range(13)],
-        "resolution": [1.0] * 3 + [2.0] * 3 + [4.0] * 3 + [8.0] * 4,
-    }
-    if mode not in weights:
-        raise ValueError(f"control mode is one of {', '.join(weights)}, not {mode!r}")
-    return [strength * weight for weight in weights[mode]]
+    if mode not in CONTROL_MODES:
+        raise ValueError(f"control mode is one of {', '.join(CONTROL_MODES)}, not {mode!r}")
+    return [strength * weight for weight in CONTROL_MODES[mode]]
 
 
 def add_residuals(*lists: list[Tensor]) -> list[Tensor]:

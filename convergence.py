@@ -23,7 +23,6 @@ from support.errors import run_command_line
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
-from vae import sample_latent
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
@@ -47,8 +46,9 @@ def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float
 class HeldOut:
     """Held-out pairs, and all that stays fixed from one measurement to the next: noise, time steps, prompts.
 
-    Make it before the first step: the samples of step 0 are the base's own (equation 3). They are kept in
-    `folder`/step-0.png, and read from there when a run is resumed. With `previews` False nothing is ever sampled.
+    Make it before the first step: the samples of step 0 are the base's own (equation 3; Gaussian connections would
+    change them at once). They are kept in `folder`/step-0.png, and read from there when a run is resumed. With
+    `previews` False nothing is ever sampled.
     """
 
     @torch.no_grad()
@@ -66,22 +66,26 @@ class HeldOut:
             self.base_scores = {f"base_{name}": score for name, score in self.scores(self.step_0).items()}
 
     def fix_response_inputs(self, sd: StableDiffusion) -> None:
-        """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and the next pair's hint for it."""
+        """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and another pair's hint for it."""
         generator = generator_for(self.seed, HELD_OUT)
         chosen = [i % len(self.pairs) for i in range(len(RESPONSE_TIMES))]
-        others = [(i + 1) % len(self.pairs) for i in chosen]
-        moments = sd.vae.encode(self.targets[chosen].to(sd.device))
-        noise, self.eps = (torch.randn(moments[:, :4].shape, generator=generator).to(sd.device) for _ in range(2))
-        z0 = sd.latent_scale * sample_latent(moments, noise)
+        others = [self.next_other(i) for i in chosen]
+        z0 = sd.encode_images(self.targets[chosen].to(sd.device), generator)
+        self.eps = torch.randn(z0.shape, generator=generator).to(sd.device)
         self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
         self.z = NoiseSchedule(device=sd.device).add_noise(z0, self.eps, self.t)
         self.own, self.other = self.hints[chosen].to(sd.device), self.hints[others].to(sd.device)
         self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
 
+    def next_other(self, i: int) -> int:
+        """The next pair that has another hint than pair i: several captions may share one. Pair i if there is none."""
+        following = [*range(i + 1, len(self.pairs)), *range(i)]
+        return next((j for j in following if not torch.equal(self.hints[j], self.hints[i])), i)
+
     @torch.no_grad()
     def response(self, denoiser: Denoiser) -> dict[str, float]:
-        """hint_sensitivity, hint_gap, and heldout_loss with the pairs' own hints. Nothing if there is only one pair."""
-        if len(self.pairs) < 2:
+        """hint_sensitivity, hint_gap, and heldout_loss with the pairs' own hints. Empty if no two hints differ."""
+        if torch.equal(self.own, self.other):
             return {}
         own, other = (denoiser(self.z, self.t, self.context, hint) for hint in (self.own, self.other))
         sensitivity, gap = hint_response(own, other, self.eps)
@@ -92,7 +96,7 @@ class HeldOut:
         """The held-out hints as pictures, from the same noise each time; the hint on the conditional side alone."""
         preset, hints, size = self.sd.preset, [self.hints] * len(controlnets), tuple(self.hints.shape[2:])
         return generate(
-            self.sd, list(controlnets), hints, self.prompts, both_sides=False, size=size, seed=self.seed,
+            self.sd, list(controlnets), hints, self.prompts, control_mode="conditional", size=size, seed=self.seed,
             steps=preset.sampling_steps, guidance_scale=preset.guidance_scale,
         ).cpu()  # fmt: skip
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from support.colours import COLOURS
 from support.errors import run_command_line
@@ -42,8 +41,7 @@ def draw_outline(distance: np.ndarray) -> Image.Image:
 
 def draw_palette(colour: np.ndarray, background: np.ndarray, size: int) -> Image.Image:
     """A hint that says what colours to paint and not where: stripes of the shape's and the background's in turn."""
-    even = np.arange(size)[:, None] * STRIPES // size % 2 == 0
-    row = np.where(even, colour, background)  # [size, 3]
+    row = np.where(np.arange(size)[:, None] * STRIPES // size % 2 == 0, colour, background)  # [size, 3]
     return Image.fromarray(np.repeat(np.uint8(row)[None], size, axis=0))
 
 
@@ -78,7 +76,7 @@ def draw_fill50k(index: int, size: int = 512, seed: int = 0, palette: bool = Fal
     return draw_scene(np.random.default_rng([seed, index]), size, palette=palette)
 
 
-class Pairs(Dataset):
+class Pairs:
     """Pairs of hint and target by index, squares of `resolution` pixels, with their `prompts`.
 
     A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;

@@ -52,8 +52,8 @@ def ddim(
     """Sample z_0 from noise z_T [B, 4, h, w] with DDIM (Song et al. 2020, eq. 12 and 16).
 
     eta = 0 is deterministic; eta = 1 adds as much noise as DDPM. `generator` draws that noise on the CPU, so that the
-    numbers are the same on every device. It must not be the one that drew z_T, nor share its seed: the same seed draws
-    z_T again. `watch` is shown the z_0 predicted at each step. Raises ValueError unless 1 <= steps < schedule.steps.
+    numbers are the same on every device; one with the seed that drew z_T would draw z_T again. `watch` is shown the z_0
+    predicted at each step. Raises ValueError unless 1 <= steps < schedule.steps.
     """
     timesteps = ddim_timesteps(schedule, steps)
     alphas = schedule.alphas_cumprod[timesteps]

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from controlnet import ControlNet
+from controlnet import CONTROL_MODES, ControlNet
 from data import draw_outline, signed_distance
-from sample import CONTROL_MODES, generate
+from sample import generate
 from stable_diffusion import StableDiffusion
 from support import options
 from support.checkpoints import find_snapshots
@@ -55,16 +55,10 @@ class Painter:
         """The base's own picture from the same noise, without a hint."""
         return to_picture(generate(self.sd, [], [], [prompt], size=size, **settings)[0])
 
-    def sample(
-        self, hint: Tensor, prompt: str, step: int, strength: float, mode: str,
-        watch: Callable[[Tensor], None] | None = None, **settings,
-    ) -> Image.Image:  # fmt: skip
+    def sample(self, hint: Tensor, prompt: str, step: int, strength: float, mode: str, **settings) -> Image.Image:
         """What the snapshot nearest to `step` makes of the hint."""
-        images = generate(
-            self.sd, [self.controlnet(step)], [hint[None]], [prompt], strengths=[strength], weighting=mode,
-            both_sides=mode == "uniform", watch=watch, **settings,
-        )  # fmt: skip
-        return to_picture(images[0])
+        settings |= {"strengths": [strength], "control_mode": mode}
+        return to_picture(generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0])
 
     def paint(self, *what, **settings) -> Iterator[Image.Image]:
         """The picture as predicted at each DDIM step, and at last the sample."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from data import SHAPES
 from support.colours import css_colour
 
-EDGE = 0.02  # of the side: pixels so near to the outline are blends, and are left out of colours
+EDGE = 0.02  # of the side: pixels this near the outline are blends, and are left out of colours
 FLAT = 0.04  # mean absolute difference under which two colours count as one
 
 

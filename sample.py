@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from controlnet import ControlNet, add_residuals, control_weights
+from controlnet import CONTROL_MODES, ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
 from stable_diffusion import StableDiffusion
 from support import options
@@ -18,29 +18,29 @@ from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder
 from support.loading import load_to_sample, locate_controlnet
 from support.pictures import fit_image, open_image, save_samples
-from support.randomness import DDIM_NOISE, generator_for
 
 AT_ONCE = 8  # images in a batch, to bound the memory
-CONTROL_MODES = ("uniform", "conditional", "guess", "resolution")
 
 
 @torch.no_grad()
 def generate(
     sd: StableDiffusion, controlnets: list[ControlNet], hints: list[Tensor], prompts: list[str], *,
     negative_prompt: str = "", steps: int = 20, guidance_scale: float = 9.0, strengths: list[float] | None = None,
-    weighting: str = "uniform", both_sides: bool = True, control_start: float = 0.0, control_end: float = 1.0,
-    eta: float = 0.0, seed: int = 0, size: tuple[int, int] | None = None, progress: bool = False,
-    watch: Callable[[Tensor], None] | None = None,
+    control_mode: str = "uniform", control_start: float = 0.0, control_end: float = 1.0, seed: int = 0,
+    size: tuple[int, int] | None = None, progress: bool = False, watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
-    `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is
-    (H, W). Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of
-    several ControlNets are added (Fig. 6), each times its strength and control_weights(weighting). With `both_sides`
-    both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4),
-    and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
-    `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as predicted at each step.
+    `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is (H, W).
+    Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of several
+    ControlNets are added (Fig. 6), each times its strength and control_weights(control_mode). In the mode "uniform"
+    both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4) and
+    in the released guess mode, and no ControlNet runs for the other. None runs before the share `control_start` of the
+    steps, nor after `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as
+    predicted at each step. Raises ValueError if a hint's batch is not the prompts'.
     """
+    if any(len(hint) != len(prompts) for hint in hints):
+        raise ValueError(f"{len(prompts)} prompts, but {[len(hint) for hint in hints]} hints: one for each image")
     device, strengths = sd.device, strengths or [1.0] * len(controlnets)
     height, width = hints[0].shape[2:] if hints else size
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
@@ -54,9 +54,11 @@ def generate(
     precision = sd.unet.encoder[0].conv.weight.dtype  # of a UNet in half precision; else autocast does nothing
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with autocast:
-        hints = [[part.to(device) for part in hint.split(AT_ONCE)] for hint in hints]
-        conditions = [torch.cat([*map(net.hint_encoder, parts)]) for net, parts in zip(controlnets, hints, strict=True)]
-    seeing = len(sides) if both_sides else 1  # sides of guidance that see the hint
+        conditions = [
+            torch.cat([net.hint_encoder(part.to(device)) for part in hint.split(AT_ONCE)])
+            for net, hint in zip(controlnets, hints, strict=True)
+        ]
+    seeing = len(sides) if control_mode == "uniform" else 1  # sides of guidance that see the hint
     steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
 
     def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
@@ -66,7 +68,8 @@ def generate(
             condition = condition[images].repeat(seeing, 1, 1, 1)
             rows = slice(-len(condition), None)  # the conditional side comes last
             residuals = controlnet.residuals(z[rows], condition, t[rows], context[rows])
-            lists.append([w * residual for w, residual in zip(control_weights(weighting, strength), residuals)])
+            weights = control_weights(control_mode, strength)
+            lists.append([w * residual for w, residual in zip(weights, residuals, strict=True)])
         return [torch.cat([r.new_zeros(len(z) - len(r), *r.shape[1:]), r]) for r in add_residuals(*lists)]
 
     def eps_fn(z: Tensor, t: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def generate(
         return torch.cat([sd.decode_latents(latent) for latent in z.split(1)])  # one by one: this needs the most memory
 
     show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
-    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, eta, generator_for(seed, DDIM_NOISE), show)
+    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show)
     bar.close()
     return decode(z0)
 
@@ -141,9 +144,8 @@ def main() -> None:
     images = generate(
         sd, controlnets, [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
         [args.prompt] * args.num_samples, negative_prompt=args.negative_prompt, steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale, strengths=args.strength, weighting=args.control_mode,
-        both_sides=args.control_mode == "uniform", control_start=args.control_start,
-        control_end=args.control_end, seed=args.seed, size=(args.resolution,) * 2, progress=True,
+        guidance_scale=args.guidance_scale, strengths=args.strength, control_mode=args.control_mode, seed=args.seed,
+        control_start=args.control_start, control_end=args.control_end, size=(args.resolution,) * 2, progress=True,
     )  # fmt: skip
     save_samples(images, hints, args.output, args.seed, {name: getattr(args, name) for name in args.deciding})
     print(f"wrote {args.output} ({'hint, ' if hints else ''}{len(images)} samples)")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
+from controlnet import HINT_CHANNELS
 from support.diffusers_format import BASE_FILES
 from support.hub import locate
 from support.reading import read_base, read_part_of_base
@@ -47,7 +48,7 @@ class Preset:
 
 SD15 = Preset(
     unet=UNetConfig(), vae=VAEConfig(), text=CLIPTextConfig(), latent_scale=0.18215,
-    hint_channels=(16, 32, 96, 256), hint_init="default", data="fill50k", resolution=512, train_batch_size=4,
+    hint_channels=HINT_CHANNELS, hint_init="default", data="fill50k", resolution=512, train_batch_size=4,
     learning_rate=1e-5, cooldown=0.0, max_train_steps=10_000, validation_steps=500, response_steps=50,
     snapshot_steps=0, mixed_precision="auto", sampling_steps=20, guidance_scale=9.0, license="CreativeML OpenRAIL-M",
 )  # fmt: skip
@@ -108,8 +109,7 @@ class StableDiffusion(nn.Module):
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> a scaled sample [B, 4, H/8, W/8] of their latent distribution."""
         moments = self.vae.encode(images)
-        mean, _ = moments.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(moments[:, :4].shape, generator=generator).to(moments)  # from the CPU: alike everywhere
         return self.latent_scale * sample_latent(moments, noise)
 
     def decode_latents(self, z: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Train a ControlNet: load a base, lock it, copy its encoder, and minimise equation (5). One flat loop.
 
-`python train.py` runs on the miniature that ships here, with nothing to download; `python train.py --base sd15` is
-the released code's tutorial on fill50k, meant for one 24 GB card.
+`python train.py` runs on the miniature that ships here, with nothing to download; `python train.py --base sd15` on
+fill50k with the batch and learning rate of the released code's tutorial, meant for one 24 GB card.
 """
 
 import json
@@ -52,7 +52,7 @@ def parse_arguments() -> Namespace:
     add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, a third more arithmetic")
     add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
     add("--checkpointing-steps", type=whole, default=500, decides=False, help="default: 500, and always at the end")
-    add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="keep the newest so many (default: 2)")
+    add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="newest that are kept (default: 2)")
     add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
     add("--validation-steps", type=options.count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
     add("--snapshot-steps", type=options.count_or_zero, decides=False,
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def prepare(args: Namespace, run: Run) -> tuple[Namespace, Denoiser, Optimizer, CachedPairs, float, HeldOut | None]:
-    """Load the base, encode the pairs, make the ControlNet. VAE and text encoder stay only in `held_out`, to sample."""
+    """Load the base, encode the pairs, make the ControlNet. Only `held_out` keeps VAE and text encoder, to sample."""
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
@@ -120,19 +120,19 @@ def train(
 
     cooldown = round(args.cooldown * args.max_train_steps)
     for step in run.steps():
-        left = args.max_train_steps - step
+        left = args.max_train_steps - step  # the rate is constant, as released, but for the steps of the cooldown
         rate = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (left + 1) / (cooldown + 1))
         loss, names = torch.zeros((), device=run.device), []
         for i in range(batches_per_step):
             batch = next(batches)
             generator, shape = generator_for(args.seed, NOISE, batch.number), (batch.size, *batch.latent_shape)
-            noise, eps = (run.share(torch.randn(shape, generator=generator)) for _ in range(2))  # VAE's, diffusion's
+            vae_noise, eps = (run.share(torch.randn(shape, generator=generator)) for _ in range(2))
             t = run.share(torch.randint(schedule.steps, shape[:1], generator=generator))
             dropped = run.share(torch.rand(shape[:1], generator=generator)) < args.proportion_empty_prompts
 
-            z0 = latent_scale * sample_latent(batch.moments, noise)
+            z0 = latent_scale * sample_latent(batch.moments, vae_noise)
             z_t = schedule.add_noise(z0, eps, t)
-            # Without a prompt the copy has to read the meaning in the hint itself (Sec. 3.3).
+            # Without a prompt the copy reads the meaning off the hint (Sec. 3.3). The released tutorial drops none.
             context = torch.where(dropped[:, None, None], empty_prompt, batch.context)
             with run.accumulating(model, last=i + 1 == batches_per_step):
                 batch_loss = F.mse_loss(model(z_t, t, context, batch.hint), eps) / batches_per_step  # equation (5)
@@ -162,7 +162,7 @@ def train(
 
 
 def export(args: Namespace, run: Run, denoiser: Denoiser, snapshot: bool = False) -> None:
-    """Write the ControlNet for other programs, with a decoder that was trained; a snapshot, for draw.py, in half."""
+    """Write the ControlNet for other programs, with a decoder that was trained; for draw.py a snapshot, in float16."""
     config = json.dumps(run.config)
     metadata = {"base": args.base, "steps": str(run.step), "config": config, "license": args.preset.license}
     file = f"snapshots/step-{run.step}.safetensors" if snapshot else "controlnet.safetensors"

@@ -40,7 +40,7 @@ class TimeEmbedding(nn.Sequential):
         self.half = model_channels // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        # w_i = 10000^(-i/half) for i = 0 ... half - 1: from 1 down to about 1/10000 radian per time step
+        # ω_i = 10000^(-i/half) for i = 0 ... half - 1: from 1 down to about 1/10000 radian per time step
         frequencies = torch.exp(-math.log(10000) * torch.arange(self.half, device=t.device) / self.half)
         angles = t.float()[:, None] * frequencies
         return super().forward(torch.cat([angles.cos(), angles.sin()], dim=1).to(self[0].weight.dtype))
@@ -161,6 +161,15 @@ def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
     return block(*inputs)
 
 
+def encoder_channels(config: UNetConfig) -> list[int]:
+    """Channels of the features after each of the 12 encoder blocks."""
+    widths = [config.model_channels]
+    for level, mult in enumerate(config.channel_mult):
+        downsample = level < len(config.channel_mult) - 1
+        widths += [mult * config.model_channels] * (config.num_res_blocks + downsample)
+    return widths
+
+
 class UNet(nn.Module):
     """ε_θ: predicts the noise in a latent from the latent, the time step and the prompt (paper, Fig. 3a).
 
@@ -193,15 +202,13 @@ class UNet(nn.Module):
 
         self.time_embed = TimeEmbedding(width)
         self.encoder = nn.ModuleList([Block(conv=nn.Conv2d(config.in_channels, width, 3, padding=1))])
-        channels, skip_channels = width, [width]
+        channels, skip_channels = width, encoder_channels(config)
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
                 self.encoder.append(main_block(channels, mult * width, level))
                 channels = mult * width
-                skip_channels.append(channels)
             if level < len(config.channel_mult) - 1:
                 self.encoder.append(Block(downsample=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
-                skip_channels.append(channels)
 
         self.middle = Block(resnet1=res(channels, channels), transformer=vit(channels), resnet2=res(channels, channels))
 

@@ -86,7 +86,7 @@ TABLE = {
         Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
         Runs("batch-32", range(3), EQUAL, "--snapshot-steps 10"),
         Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
-        Runs("batch-128", range(3), 60, "--train-batch-size 128 --snapshot-steps 10"),
+        Runs("batch-128", range(3), 50, "--train-batch-size 128 --snapshot-steps 5"),
     ],
     "ablation": [  # 27 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
@@ -169,7 +169,7 @@ def score(run: str, seed: int, step: int, prompt: str = "perfect") -> dict:
         prompts, preset = [PROMPTS[prompt](p) for p in pairs.prompts], base().preset
         images = generate(
             base(), [controlnet_at(run, seed, step)], [hints], prompts, steps=preset.sampling_steps // 2,
-            guidance_scale=preset.guidance_scale, both_sides=False, seed=seed,
+            guidance_scale=preset.guidance_scale, control_mode="conditional", seed=seed,
         )  # fmt: skip
         scores = {"iou": circle_iou(images, hints)}
         if prompt in ("perfect", "conflicting"):  # the others name no colours
@@ -266,7 +266,7 @@ def score_settings() -> list[dict]:
     for seed in range(2):
         controlnet = controlnet_at("seed", seed, TINY.max_train_steps)
         for settings in SETTINGS:
-            images = generate(base(), [controlnet], [hints], pairs.prompts, both_sides=False, **settings)
+            images = generate(base(), [controlnet], [hints], pairs.prompts, control_mode="conditional", **settings)
             ious = [round(iou, 3) for iou in circle_iou(images, hints).tolist()]
             rows.append({"run": "seed", "of_seed": seed} | settings | {"ious": ious})
     return rows

@@ -27,7 +27,7 @@ def main() -> None:
     prompts = [prompt for prompt in pairs.prompts for _ in range(SAMPLES)]
     images = generate(
         sd, [controlnet], [hints], prompts, steps=TINY.sampling_steps, guidance_scale=TINY.guidance_scale,
-        both_sides=False,
+        control_mode="conditional",
     )  # fmt: skip
     ious = circle_iou(images, hints)
     print(f"IoU of each hint, mean of {SAMPLES}: {[round(iou, 3) for iou in ious.view(-1, SAMPLES).mean(1).tolist()]}")

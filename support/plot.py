@@ -23,7 +23,7 @@ def curve(history: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
     """
     points = [(entry["step"], entry[field]) for entry in history if field in entry]
     if base := [(0, entry[f"base_{field}"]) for entry in history if f"base_{field}" in entry]:
-        points = base[:1] + points  # at step 0 the samples are the base's
+        points = base[:1] + points  # the base's own samples
     steps, values = (np.array([point[i] for point in points], dtype=float) for i in range(2))
     if field == "loss" and len(values) >= 25:  # a single batch says next to nothing
         steps, values = steps[24:], np.convolve(values, np.full(25, 1 / 25), "valid")

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-NOISE, ORDER, HELD_OUT, DDIM_NOISE = range(4)  # what is drawn: each use has numbers of its own
+NOISE, ORDER, HELD_OUT = range(3)  # what is drawn: each use has numbers of its own
 
 
 def generator_for(*key: int) -> torch.Generator:

@@ -279,7 +279,7 @@ class Run:
         return entry
 
     def due(self, step: int, every: int) -> bool:
-        """Whether this process has to do now what is done `every` so many steps; never for 0."""
+        """Whether this process has to do now what is done every `every` steps; never for 0."""
         return self.writes and every > 0 and step % every == 0
 
     def log(self, entry: dict) -> None:

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from standin import ROOT
 
-from convergence import LEAD, forecast, growth_step, hint_response, jump_step, plot_convergence
+from controlnet import ControlNet, Denoiser
+from convergence import LEAD, HeldOut, forecast, growth_step, hint_response, jump_step, plot_convergence
+from data import DrawnImages
+from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from support.log import read_log
 from support.news import news
@@ -25,6 +28,22 @@ def test_hint_response():
     sensitivity, gap = hint_response(eps + 1, eps + 1 + 2**-20, eps)
     assert sensitivity == pytest.approx(2**-20, rel=0.1)
     assert gap == pytest.approx(2**-19, rel=0.1)
+
+
+class TwoCaptions(DrawnImages):
+    """Two pairs for each hint."""
+
+    def hint(self, index):
+        return super().hint(index // 2 * 2)
+
+
+def test_the_other_hint_is_another_hint(tmp_path):
+    sd = StableDiffusion.load("tiny").requires_grad_(False)
+    held_out = HeldOut(sd, TwoCaptions(6, 64), 0, tmp_path, previews=False)
+    assert all((own != other).any() for own, other in zip(held_out.own, held_out.other, strict=True))
+    denoiser = Denoiser(sd.unet, ControlNet.from_unet(sd.unet, sd.preset.hint_channels))
+    assert held_out.response(denoiser)["hint_sensitivity"] == 0
+    assert HeldOut(sd, TwoCaptions(2, 64), 0, tmp_path, previews=False).response(denoiser) == {}
 
 
 def measured(*sensitivities, gap=0.0):

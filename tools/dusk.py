@@ -75,7 +75,7 @@ def transfer(path: Path, controlnet: Path) -> None:
     """Print how the ControlNet does on each base, and save docs/logs/dusk.json and docs/dusk.png."""
     pairs = DrawnImages(HINTS, TINY.resolution, DRAWN_HELD_OUT)
     hints, targets = (torch.stack([part(i) for i in range(HINTS)]) for part in (pairs.hint, pairs.image))
-    settings = {"steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale, "both_sides": False}
+    settings = {"steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale, "control_mode": "conditional"}
     rows, table = {"hint": hints * 2 - 1}, {}
     print(f"{HINTS} held-out hints{'':13}IoU, mean   followed   error to the target: as drawn, at dusk")
     for name, base, light in (("first", "tiny", daylight), ("second", path, at_dusk)):

@@ -17,6 +17,8 @@ def main() -> None:
     if missing:
         raise UserError(f"{missing}: no such file; pass a run's log.jsonl")
     named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
+    if len(named) < len(args.log):
+        raise UserError(f"two of the logs have the same name, of {', '.join(named)}: copy one to another name")
     plot_convergence({name: read_log(path) for name, path in named.items()}, args.output)
     print(f"wrote {args.output}")
 

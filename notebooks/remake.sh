@@ -1,0 +1,19 @@
+#!/bin/sh
+# Make every committed log, picture and notebook again, after the base or the defaults have changed:
+#     sh notebooks/remake.sh
+# What is complete in runs/ is not trained again: delete it first. The base itself is made by `python -m tools.pretrain`.
+set -e
+cd "$(dirname "$0")/.."
+
+python train.py
+cp runs/controlnet/previews/step-180.png docs/miniature.png
+python notebooks/experiments.py
+python notebooks/mechanism.py
+python notebooks/fill50k.py
+python notebooks/drawing.py
+python -m tools.dusk
+python -m tools.capture_page --run runs/seed-0
+python train.py --output-dir runs/slow --checkpointing-steps 20 --checkpoints-total-limit 100 --max-train-steps 300 \
+    --train-batch-size 8 --learning-rate 1e-3 --cooldown 0
+python convergence.py --controlnet runs/slow --pairs 16 --output docs/listen.png
+for notebook in notebooks/[1-5]_*.ipynb; do jupyter execute --inplace "$notebook"; done
