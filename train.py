@@ -28,7 +28,7 @@ from support.news import news
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
-from weights import official_layout, save_controlnet
+from weights import official_names, save_controlnet
 
 
 def parse_arguments() -> Namespace:
@@ -169,7 +169,7 @@ def export(args: Namespace, run: Run, denoiser: Denoiser, snapshot: bool = False
     decoder = {}
     if args.unlock_decoder:
         metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
-        names, tensors = official_layout(denoiser.unet), denoiser.unet.state_dict()
+        names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
         decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
     save_controlnet(denoiser.controlnet, run.folder / file, metadata=metadata, others=decoder,
                     dtype=torch.float16 if snapshot else None)  # fmt: skip

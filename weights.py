@@ -93,8 +93,8 @@ CLIP = [
     ("norm_out", "final_layer_norm"),
 ]
 
-# Left out of official files, outside these prefixes: buffers that follow from the noise schedule (betas, ...) and
-# running averages of the weights (model_ema.*); inside one: CLIP's position_ids, just 0 to 76.
+# Ignored in official files: names with none of these prefixes (buffers that follow from the noise schedule, as betas,
+# and running averages of the weights, model_ema.*), and CLIP's position_ids, which are just 0 to 76.
 TEXT = "cond_stage_model.transformer.text_model."
 OFFICIAL: dict[type[nn.Module], Layout] = {
     UNet: Layout("official", "base model", UNET, "model.diffusion_model."),
@@ -109,22 +109,22 @@ BASE[CLIPTextModel] += [replace(
     OFFICIAL[CLIPTextModel], prefix=SHORT, mark=SHORT + "final_layer_norm.weight",
     others=(SHORT + "embeddings.position_ids", SHORT + "text_projection."),
 )]  # fmt: skip
-# Those of a ControlNet: without a prefix, where networks beside it are told by theirs; our own names, in checkpoints
-# and for the lite ablation, which no other program knows.
+# A ControlNet's file may also have no prefix (others in it are told by theirs), or our own names: in checkpoints, and
+# for the lite ablation, which no other program knows.
 OTHERS = tuple(layout.prefix for network, layout in OFFICIAL.items() if network is not ControlNet)
 BARE = replace(OFFICIAL[ControlNet], prefix="", others=OTHERS, mark="input_hint_block.0.weight")
 OWN = Layout("own", "ControlNet", [], others=OTHERS, mark="hint_encoder.0.weight")
 CONTROLNETS = [OFFICIAL[ControlNet], BARE, OWN, *DIFFUSERS[ControlNet]]
 
 
-def official_layout(module: nn.Module) -> dict[str, str]:
+def official_names(module: nn.Module) -> dict[str, str]:
     """Our name -> the official one, for every tensor of a UNet, AutoencoderKL, CLIPTextModel or ControlNet."""
     return {name: layout_of(module).theirs(name) for name in module.state_dict()}
 
 
 def official_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module under their full official names."""
-    return {layout_of(module).theirs(name): tensor for name, tensor in module.state_dict().items()}
+    return dict(zip(official_names(module).values(), module.state_dict().values(), strict=True))
 
 
 def layout_of(module: nn.Module) -> Layout:
@@ -185,8 +185,8 @@ def save_controlnet(
 
     "official" is one .safetensors file, which A1111, ComfyUI and diffusers read. `others` are more tensors for it,
     under official names: the base's decoder if that was trained too. `dtype` is what all are rounded to. "diffusers"
-    is a folder, for ControlNetModel.
-    The lite ablation keeps our names, is marked in the metadata, and has no diffusers layout.
+    is a folder, for ControlNetModel. The lite ablation keeps our names, is marked in the metadata, and has no diffusers
+    layout.
     Raises UserError for that, or when writing fails; ValueError for any other layout.
     """
     if layout == "official":

@@ -34,7 +34,7 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import contact_sheet, save_picture, side_by_side, to_picture
-from tools.listen import listen, noise_pairs
+from tools.listen import listen, loudest, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
@@ -88,6 +88,7 @@ TABLE = {
         Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
         Runs("batch-128", range(3), 50, "--train-batch-size 128 --snapshot-steps 5"),
     ],
+    "verdict": [],  # no training: those with batches of 32; 4 min
     "ablation": [  # 27 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
         Runs("lite", range(5), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
@@ -251,6 +252,17 @@ def score_batch() -> list[dict]:
     return rows
 
 
+def score_verdict() -> list[dict]:
+    """What another hint adds to the loss, by which tools/listen.py judges, beside what samples do."""
+    noised, rows = noise_pairs(base(), held_out()[0]), []
+    for seed in range(3):
+        for step in range(40, EQUAL + 1, 10):
+            adds, error, band = loudest(listen(base(), controlnet_at("batch-32", seed, step), noised))
+            heard = {"adds": round(adds, 3), "error": round(error, 3), "band": band}
+            rows.append(score("batch-32", seed, step) | heard)
+    return rows
+
+
 def score_pairs() -> list[dict]:
     return [
         score(run, seed, EQUAL) | {"pairs": count}
@@ -277,6 +289,7 @@ SCORES = {
     "batch": score_batch,
     "ablation": score_ablation,
     "first": score_first,
+    "verdict": score_verdict,
     "pairs": score_pairs,
     "settings": score_settings,
 }

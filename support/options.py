@@ -28,7 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def with_defaults(args: argparse.Namespace, preset) -> argparse.Namespace:
-    """The arguments, those that were not given as the base's preset has them; the preset itself as `preset`."""
+    """The arguments, with the preset's value for each that was not given; and the preset, as `preset`."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(preset=preset, **{name: getattr(preset, name, None) for name in vars(args)} | given)
 

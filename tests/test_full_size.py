@@ -9,7 +9,7 @@ from standin import ROOT, deviation, golden_inputs
 
 from stable_diffusion import SD15, StableDiffusion
 from support.files import read_tensors, save_tensors
-from weights import official_layout
+from weights import official_names
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_float16_file(checkpoint, half_checkpoint):
     full, half = StableDiffusion.load(checkpoint("sd15")), StableDiffusion.load(half_checkpoint)
     assert half.unet.config == SD15.unet
     for a, b in ((full.unet, half.unet), (full.vae, half.vae), (full.text_encoder, half.text_encoder)):
-        assert len(official_layout(a)) == len(list(b.parameters()))
+        assert len(official_names(a)) == len(list(b.parameters()))
         assert all(torch.equal(p.half().float(), q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     arrays = golden_inputs("sd15")
     text = half.text_encoder(arrays["tokens"])

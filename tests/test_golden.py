@@ -11,7 +11,7 @@ from clip_text import NUM_MERGES, Tokenizer
 from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
 from stable_diffusion import SD15, StableDiffusion
-from weights import load_controlnet, official_layout
+from weights import load_controlnet, official_names
 
 # Another memory format or thread count was measured to move small results by 2e-6; a wrong key, head count, padding
 # or activation shows at 1e-2. Full size sums over ten times as many terms.
@@ -101,7 +101,7 @@ def test_gradient_flow():
     unet = small_unet()
     controlnet = ControlNet.from_unet(unet)
     hint_tensors = {k: v for k, v in stand_in("small", "control").items() if "input_hint_block" in k}
-    names = {ours: theirs.removeprefix("control_model.") for ours, theirs in official_layout(controlnet).items()}
+    names = {ours: theirs.removeprefix("control_model.") for ours, theirs in official_names(controlnet).items()}
     with torch.no_grad():
         for ours, parameter in controlnet.named_parameters():
             if ours.startswith("hint_encoder.") and not ours.startswith("hint_encoder.14."):
