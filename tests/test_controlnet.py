@@ -6,10 +6,10 @@ from standin import golden, small_unet
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, encoder_channels, zero_conv
+from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, zero_conv
 from stable_diffusion import SD15, TINY
 from support.block_table import block_table
-from unet import ResBlock, SpatialTransformer, UNet
+from unet import ResBlock, SpatialTransformer, UNet, encoder_channels
 from vae import AutoencoderKL, SpatialAttention
 
 
