@@ -4,8 +4,10 @@ TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one 
 and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
 docs/logs/scores-GROUP.jsonl, pictures to docs. Delete runs/ when the base or the defaults have changed.
 
-All of it took 111 minutes of one core of an AMD EPYC with AVX-512, each group about what TABLE says, the scores 14 of
-them; two ran side by side, one on each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27).
+All of it takes about four hours of one core, each group about what TABLE says; two trainings ran side by side, one on
+each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27). Another processor rounds otherwise, and so gives another
+training from the same seed: `batch`, `verdict`, `pairs`, lite and the released initialisation's seeds 1 and 2 are from
+an Intel Xeon, the others from an AMD EPYC, both with AVX-512.
 """
 
 import shutil
@@ -52,6 +54,8 @@ SETTINGS = [FEW, *(FEW | changed for changed in (
     {"seed": 1000}, {"seed": 2000}, {"guidance_scale": 4.0}, {"steps": 20}, {"steps": 20, "guidance_scale": 4.0},
     {"strengths": [1.5]},
 ))]  # fmt: skip
+BOTH = [(4.0, 1.0, 1.0), (4.0, 1.5, 1.0), (4.0, 2.0, 1.0), (6.0, 1.0, 1.0), (6.0, 1.5, 1.0), (6.0, 2.0, 1.0)]
+BOTH += [(6.0, 1.0, 0.7), (6.0, 1.5, 0.7), (6.0, 2.0, 0.7), (9.0, 1.0, 1.0)]  # guidance, strengths of ring and palette
 LOSS_STEPS = (30, 100, 180)  # whose loss is measured over t
 JUMP_STEPS = (30, 40, 50, 60, 100, 180)  # in docs/jump.png
 
@@ -80,7 +84,7 @@ TABLE = {
         Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
         Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
     ],
-    "batch": [  # 64 and 128 go on to their jumps
+    "batch": [  # 40 min; 64 and 128 go on to their jumps
         Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),
         Runs("batch-8", range(3), 400, "--train-batch-size 8 --snapshot-steps 10"),
         Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
@@ -89,7 +93,7 @@ TABLE = {
         Runs("batch-128", range(3), 50, "--train-batch-size 128 --snapshot-steps 5"),
     ],
     "verdict": [],  # no training: those with batches of 32; 4 min
-    "ablation": [  # 27 min; a step of lite takes seven tenths of the time
+    "ablation": [  # 40 min; a step of lite takes seven tenths of the time
         Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
         Runs("lite", range(5), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
     ],
@@ -97,11 +101,12 @@ TABLE = {
         Runs("first-zero", range(3), 10, EVERY_STEP),
         Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
     ],
-    "pairs": [  # with the 1,000 of `seeds`
+    "pairs": [  # 10 min; with the 1,000 of `seeds`
         Runs("pairs-20", range(3), EQUAL, "--data runs/drawn-20-{seed}"),
         Runs("pairs-200", range(3), EQUAL, "--data runs/drawn-200-{seed}"),
     ],
     "settings": [],  # no training: other settings and other noise for the results of two of `seeds`; 2 min
+    "palette": [],  # no training: the two that ship; 7 min
     "released": [Runs("released", range(3), 600, "--hint-init default")],  # 40 min
 }
 
@@ -194,13 +199,14 @@ def score_seeds() -> list[dict]:
 
 
 def score_ablation() -> list[dict]:
-    """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-RUN.png."""
+    """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-ARM.png."""
     runs = ("seed", "gaussian", "lite")
     scored = [(run, EQUAL) for run in runs] + [("lite", LONG)]
     rows = [score(run, seed, step, prompt) for run, step in scored for seed in range(5) for prompt in PROMPTS]
-    for run in runs:
-        samples = [Image.open(picture(run, 0, EQUAL, prompt)) for prompt in PROMPTS]
-        save_picture(side_by_side(samples), DOCS / f"ablation-{'zero' if run == 'seed' else run}.png")
+    for run, step in scored:
+        samples = [Image.open(picture(run, 0, step, prompt)) for prompt in PROMPTS]
+        arm = f"{'zero' if run == 'seed' else run}{f'-{step}' * (step > EQUAL)}"
+        save_picture(side_by_side(samples), DOCS / f"ablation-{arm}.png")
     return rows
 
 
@@ -284,6 +290,31 @@ def score_settings() -> list[dict]:
     return rows
 
 
+def score_palette() -> list[dict]:
+    """Fig. 6: rings and palettes with empty prompts; ten settings on 32 pairs, and what is kept on 32 held-out ones."""
+    files = {name: ROOT / "models" / name / "controlnet.safetensors" for name in ("fill50k", "palette")}
+    ring, palette = (load_controlnet(file, base().unet).requires_grad_(False) for file in files.values())
+    settings = {"tried": [("both", *tried) for tried in BOTH]}
+    settings["held out"] = [("ring", 6.0, 1.0), ("palette", 6.0, 1.0), ("both", 6.0, 1.0, 1.0), ("both", 6.0, 1.5, 0.7)]
+    rows = []
+    for of, seed in (("tried", 777), ("held out", DRAWN_HELD_OUT)):
+        pairs = DrawnImages(32, 128, seed)
+        rings = torch.stack([pairs.hint(i) for i in range(32)])
+        palettes = torch.stack([DrawnImages(32, 128, seed, palette=True).hint(i) for i in range(32)])
+        conditions = {"ring": ([ring], [rings]), "palette": ([palette], [palettes])}
+        conditions["both"] = ([ring, palette], [rings, palettes])
+        for hints, scale, *strengths in settings[of]:
+            row = {"pairs": of, "hints": hints, "guidance_scale": scale, "strengths": strengths}
+            images = generate(
+                base(), *conditions[hints], [""] * 32, steps=20, guidance_scale=scale, strengths=strengths,
+                control_mode="conditional",
+            )  # fmt: skip
+            scores = {"iou": circle_iou(images, rings)}
+            scores["colour_error"] = colour_error(images, rings, pairs.prompts).mean(dim=1)
+            rows.append(row | {name: [round(x, 4) for x in values.tolist()] for name, values in scores.items()})
+    return rows
+
+
 SCORES = {
     "seeds": score_seeds,
     "batch": score_batch,
@@ -292,6 +323,7 @@ SCORES = {
     "verdict": score_verdict,
     "pairs": score_pairs,
     "settings": score_settings,
+    "palette": score_palette,
 }
 
 

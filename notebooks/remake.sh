@@ -1,7 +1,9 @@
 #!/bin/sh
-# Make every committed log, picture and notebook again, after the base or the defaults have changed:
+# Make the committed logs, pictures and notebooks again, after the base or the defaults have changed:
 #     sh notebooks/remake.sh
-# What is complete in runs/ is not trained again: delete it first. The base itself is made by `python -m tools.pretrain`.
+# It takes about six hours of one core. What is complete in runs/ is not trained again: delete runs/ first. The base is
+# made by `python -m tools.pretrain`, the ControlNets in models/ as their READMEs say; the logs forecast-0 to -9 are of
+# older settings and stay.
 set -e
 cd "$(dirname "$0")/.."
 
