@@ -4,10 +4,10 @@ TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one 
 and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
 docs/logs/scores-GROUP.jsonl, pictures to docs. Delete runs/ when the base or the defaults have changed.
 
-All of it takes about four hours of one core, each group about what TABLE says; two trainings ran side by side, one on
-each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27). Another processor rounds otherwise, and so gives another
-training from the same seed: `batch`, `verdict`, `pairs`, lite and the released initialisation's seeds 1 and 2 are from
-an Intel Xeon, the others from an AMD EPYC, both with AVX-512.
+All of it takes about three and a half hours of one core, each group about what TABLE says; two trainings ran side by
+side, one on each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27). Another processor rounds otherwise, and so gives
+another training from the same seed: `batch`, `verdict`, `pairs`, lite and the released initialisation's seeds 1 and 2
+are from an Intel Xeon, the others from an AMD EPYC, both with AVX-512.
 """
 
 import shutil
