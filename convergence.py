@@ -69,18 +69,13 @@ class HeldOut:
         """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and another pair's hint for it."""
         generator = generator_for(self.seed, HELD_OUT)
         chosen = [i % len(self.pairs) for i in range(len(RESPONSE_TIMES))]
-        others = [self.next_other(i) for i in chosen]
         z0 = sd.encode_images(self.targets[chosen].to(sd.device), generator)
         self.eps = torch.randn(z0.shape, generator=generator).to(sd.device)
         self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
         self.z = NoiseSchedule(device=sd.device).add_noise(z0, self.eps, self.t)
-        self.own, self.other = self.hints[chosen].to(sd.device), self.hints[others].to(sd.device)
+        self.own = self.hints[chosen].to(sd.device)
+        self.other = torch.stack([self.pairs.other_hint(i) for i in chosen]).to(sd.device)
         self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
-
-    def next_other(self, i: int) -> int:
-        """The next pair that has another hint than pair i: several captions may share one. Pair i if there is none."""
-        following = [*range(i + 1, len(self.pairs)), *range(i)]
-        return next((j for j in following if not torch.equal(self.hints[j], self.hints[i])), i)
 
     @torch.no_grad()
     def response(self, denoiser: Denoiser) -> dict[str, float]:

@@ -4,6 +4,7 @@ from copy import copy
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -90,6 +91,12 @@ class Pairs:
     def image(self, index: int) -> Tensor:
         """The target, [3, H, W] in [-1, 1]."""
         return fit_image(self.pictures(index)[1], self.resolution) * 2 - 1
+
+    def other_hint(self, index: int) -> Tensor:
+        """The next pair's hint, or the first after it that differs, as pairs may share one; its own if none does."""
+        own = self.hint(index)
+        others = (self.hint((index + i) % len(self)) for i in range(1, len(self)))
+        return next((hint for hint in others if not torch.equal(hint, own)), own)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -292,15 +292,14 @@ def score_settings() -> list[dict]:
 
 def score_palette() -> list[dict]:
     """Fig. 6: rings and palettes with empty prompts; ten settings on 32 pairs, and what is kept on 32 held-out ones."""
-    files = {name: ROOT / "models" / name / "controlnet.safetensors" for name in ("fill50k", "palette")}
-    ring, palette = (load_controlnet(file, base().unet).requires_grad_(False) for file in files.values())
+    files = (ROOT / "models" / name / "controlnet.safetensors" for name in ("fill50k", "palette"))
+    ring, palette = (load_controlnet(file, base().unet).requires_grad_(False) for file in files)
     settings = {"tried": [("both", *tried) for tried in BOTH]}
     settings["held out"] = [("ring", 6.0, 1.0), ("palette", 6.0, 1.0), ("both", 6.0, 1.0, 1.0), ("both", 6.0, 1.5, 0.7)]
     rows = []
     for of, seed in (("tried", 777), ("held out", DRAWN_HELD_OUT)):
-        pairs = DrawnImages(32, 128, seed)
-        rings = torch.stack([pairs.hint(i) for i in range(32)])
-        palettes = torch.stack([DrawnImages(32, 128, seed, palette=True).hint(i) for i in range(32)])
+        pairs, coloured = DrawnImages(32, 128, seed), DrawnImages(32, 128, seed, palette=True)
+        rings, palettes = (torch.stack([p.hint(i) for i in range(32)]) for p in (pairs, coloured))
         conditions = {"ring": ([ring], [rings]), "palette": ([palette], [palettes])}
         conditions["both"] = ([ring, palette], [rings, palettes])
         for hints, scale, *strengths in settings[of]:

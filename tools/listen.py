@@ -53,16 +53,6 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), float(error)
 
 
-def another_hint(pairs: Pairs, i: int) -> Tensor:
-    """The next pair's hint, or the first after it that differs from pair i's. Raises UserError if none does."""
-    own = pairs.hint(i)
-    others = (pairs.hint((i + k) % len(pairs)) for k in range(1, len(pairs)))
-    other = next((hint for hint in others if not torch.equal(hint, own)), None)
-    if other is None:
-        raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
-    return other
-
-
 @dataclass(frozen=True)
 class Noised:
     """A pair, noised once in each band, and what does not depend on the ControlNet. Tensors of [bands, ...]."""
@@ -77,7 +67,7 @@ class Noised:
 
 @torch.no_grad()
 def noise_pairs(sd: StableDiffusion, pairs: Pairs, seed: int = 0) -> list[Noised]:
-    """Each pair at one time of each band. Raises UserError as another_hint does."""
+    """Each pair at one time of each band. Raises UserError if all have the same hint."""
     schedule, noised = NoiseSchedule(device=sd.device), []
     width = schedule.steps // BANDS
     for i in range(len(pairs)):
@@ -88,7 +78,9 @@ def noise_pairs(sd: StableDiffusion, pairs: Pairs, seed: int = 0) -> list[Noised
         noise, eps = (torch.randn(shape, generator=generator).to(sd.device) for _ in range(2))
         z = schedule.add_noise(sd.latent_scale * sample_latent(moments.expand(BANDS, -1, -1, -1), noise), eps, t)
         context = sd.encode_prompts([pairs.prompts[i]]).expand(BANDS, -1, -1)
-        own, other = pairs.hint(i)[None], another_hint(pairs, i)[None]
+        own, other = pairs.hint(i)[None], pairs.other_hint(i)[None]
+        if torch.equal(own, other):
+            raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
         hints = {"own": own, "other": other, "empty": torch.zeros_like(own)}
         with half_precision(sd):
             base = sd.unet(z, t, context).cpu().double()
