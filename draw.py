@@ -60,11 +60,9 @@ class Painter:
         settings |= {"strengths": [strength], "control_mode": mode}
         return to_picture(generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0])
 
-    def paint(self, *what, **settings) -> Iterator[Image.Image]:
+    def paint(self, hint: Tensor, **how) -> Iterator[Image.Image]:
         """The picture as predicted at each DDIM step, and at last the sample."""
-        return as_it_happens(
-            lambda show: self.sample(*what, watch=lambda images: show(to_picture(images[0])), **settings)
-        )
+        return as_it_happens(lambda show: self.sample(hint, watch=lambda images: show(to_picture(images[0])), **how))
 
 
 def parse_arguments():
@@ -96,7 +94,7 @@ def main() -> None:
     sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device))
     detect = detector(args.detect, args.canny_low, args.canny_high)
     painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
-    painter.controlnet(max(paths))  # so that a wrong file is told of now
+    painter.controlnet(max(paths))  # so that a wrong file is reported before the page opens
 
     from support.page import show_page  # which needs gradio, an extra
 

@@ -88,7 +88,7 @@ def circle_iou(images: Tensor, hints: Tensor) -> Tensor:
 def colour_error(images: Tensor, hints: Tensor, prompts: list[str]) -> Tensor:
     """Mean absolute error [B, 2] of the colours inside and outside the hinted disc, 0 to 1 of the range.
 
-    Shapes and the disc are circle_iou's; the wanted colours are the prompt's. Pixels within 2 % of the side from the
+    images and hints as for circle_iou; the wanted colours are the prompt's. Pixels within 2 % of the side from the
     outline are left out. Raises ValueError for a hint without a circle or a prompt without two colours.
     """
     errors = []

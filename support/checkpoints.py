@@ -13,7 +13,7 @@ from support.errors import UserError, reading, writing
 from support.files import clear, read_json, read_tensors, save_json, save_tensors, sha256, whole_folder
 
 STATE, CONFIG = "state.safetensors", "config.json"
-ASIDE = ".aside-"  # begins the name of folders with checkpoints that a run has gone back behind
+ASIDE = ".aside-"  # begins the name of folders with checkpoints later than the step that a run was resumed from
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -84,10 +84,10 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
 
 def find_snapshots(run: Path) -> tuple[str, dict[int, Path]]:
     """The base of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
-    base, paths = read_json(run / CONFIG)["base"], steps_in(run / "snapshots", ".safetensors")
+    config, paths = read_json(run / CONFIG), steps_in(run / "snapshots", ".safetensors")
     if not paths:
         raise UserError(f"{run / 'snapshots'} has no snapshots: train with --snapshot-steps 10")
-    return base, dict(sorted(paths.items()))
+    return config["base"], dict(sorted(paths.items()))
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -118,17 +118,18 @@ def is_damaged(path: Path) -> bool:
     """Whether a checkpoint holds anything else than what was written as its step."""
     try:
         config = read_json(path / CONFIG)
-        saved = config.get("sha256")  # missing in checkpoints of earlier versions
-        return f"step-{config.get('step')}" != path.name or saved not in (None, sha256(path / STATE))
+        return f"step-{config.get('step')}" != path.name or config.get("sha256") != sha256(path / STATE)
     except (UserError, OSError):
         return True
 
 
-def check_config(path: Path, config: dict) -> int:
+def check_config(path: Path, config: dict, processes: int) -> int:
     """The step that a config.json is of, 0 without one. Raises UserError if options that decide the result changed."""
     saved = read_json(path)
     changed = [k for k, value in config.items() if k in saved and k != "max_train_steps" and saved[k] != value]
     if changed:
+        if "train_batch_size" in changed and processes > 1:
+            saved["train_batch_size"] = f"{saved['train_batch_size']} over all processes"
         options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
     return saved.get("step", 0)

@@ -40,7 +40,7 @@ def one_each(name: str, values: list, default, controlnets: int) -> list:
     return values if len(values) > 1 else (values or [default]) * controlnets
 
 
-# What options with one meaning in several programs are called in their help.
+# Help texts that several programs share.
 BASE = "tiny (ships here; the default), sd15 (fetched once), a file, a folder, owner/repo:file"
 CONTROLNET = "a file, a folder, owner/repo:file or owner/repo"
 

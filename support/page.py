@@ -13,11 +13,12 @@ from pathlib import Path
 import gradio as gr
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from support.colours import COLOURS
 from support.devices import small
 from support.errors import UserError, known_cause, reading
-from support.pictures import open_image, to_picture
+from support.pictures import fit_image, open_image, to_picture
 from support.plot import curve
 
 SIDE = 512  # of the canvas, in pixels
@@ -66,6 +67,15 @@ def read_upload(path: str | None) -> Image.Image:
         return open_image(Path(path), LARGEST_PICTURE)
     except UserError as error:  # where it lies here is nobody's business
         raise UserError(str(error).replace(f"{Path(path).parent}{os.sep}", "")) from None
+
+
+def read_hint(painter, source: str, ring: Sequence[float], drawing: str | None, upload: str | None) -> Tensor:
+    """The hint of the tab that is open. A drawing is one already: only in a picture is one looked for."""
+    if source == "ring":
+        return painter.ring(*ring)
+    if source == "draw":
+        return fit_image(read_drawing(drawing), painter.resolution)
+    return painter.hint(read_upload(upload))
 
 
 def picture_under(name: str, title: str) -> gr.Image:
@@ -158,10 +168,7 @@ def build(painter, modes: Sequence[str], history: list[dict]) -> gr.Blocks:
         settings = [prompt, seed, strength, guidance, ddim_steps, mode]
 
         def read(source, x, y, radius, drawing, upload, prompt, seed, strength, guidance, ddim_steps, mode):
-            if source == "ring":
-                hint = painter.ring(x, y, radius)
-            else:
-                hint = painter.hint(read_drawing(drawing) if source == "draw" else read_upload(upload))
+            hint = read_hint(painter, source, (x, y, radius), drawing, upload)
             alone = {"prompt": prompt, "seed": seed or 0, "guidance_scale": guidance, "steps": ddim_steps}
             return hint, alone, {"strength": strength, "mode": mode} | alone
 

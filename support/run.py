@@ -116,7 +116,7 @@ class Run:
         self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
         if self.resuming:
-            self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config)
+            self.start = check_config((self.checkpoint or self.folder) / "config.json", self.config, self.processes)
             if self.start > args.max_train_steps:
                 raise UserError(
                     f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more steps"
@@ -314,7 +314,10 @@ class Run:
         self.say(f"wrote {result} and {self.folder / 'convergence.png'}")
         if self.step < self.args.max_train_steps:
             more = [] if self.args.resume_from_checkpoint == "latest" else ["--resume-from-checkpoint", "latest"]
-            self.say(f"stopped at step {self.step}; go on with: {shlex.join(['python', *sys.argv, *more])}")
+            command = shlex.join(["python", *sys.argv, *more])
+            if self.processes > 1:  # torchrun's own options are not known here
+                command = "the same torchrun command and --resume-from-checkpoint latest"
+            self.say(f"stopped at step {self.step}; go on with: {command}")
         else:
             hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
             command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]

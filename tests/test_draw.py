@@ -1,5 +1,6 @@
 """The page: what it samples with, and the page itself in a real browser, where there is one."""
 
+import base64
 import importlib.util
 import io
 import json
@@ -20,7 +21,7 @@ from metrics import circle_iou
 from stable_diffusion import StableDiffusion
 from support.checkpoints import find_snapshots
 from support.errors import UserError
-from support.pictures import fit_image, open_image
+from support.pictures import fit_image, open_image, to_picture
 from support.threads import as_it_happens
 from tools.capture_page import BROWSER, address_of, draw_ring, go_to, served, settled
 from weights import save_controlnet
@@ -88,6 +89,18 @@ def test_each_step_is_shown_and_step_zero_is_the_base(painter):
     assert last.tobytes() != alone.tobytes()
 
 
+def test_a_drawing_is_a_hint_already(run):
+    """--detect is for pictures: the edges of a drawn stroke would be two lines."""
+    page, sd = pytest.importorskip("support.page"), StableDiffusion.load("tiny")
+    painter = draw.Painter(sd, find_snapshots(run)[1], 128, lambda hint: 1 - hint)
+    ring, data = to_picture(painter.ring(0.5, 0.5, 0.3) * 2 - 1), io.BytesIO()
+    ring.save(data, format="PNG")
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    (run / "ring.png").write_bytes(data.getvalue())
+    drawn, sent = (page.read_hint(painter, tab, (), url, str(run / "ring.png")) for tab in ("draw", "picture"))
+    assert torch.equal(drawn, painter.ring(0.5, 0.5, 0.3)) and torch.equal(sent, 1 - drawn)
+
+
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
     def error(*options):
         monkeypatch.setattr(sys, "argv", ["draw.py", *map(str, options)])
@@ -98,6 +111,8 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
     assert "leave out --base and --controlnet" in error("--run", run, "--base", "sd15")
     assert "must be a whole number from 1 to 65535" in error("--port", "70000")
     assert "config.json" in error("--run", tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')  # not a run's
+    assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
     (tmp_path / "config.json").write_text('{"base": "tiny"}')
     assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
     sd = StableDiffusion.load("tiny")
