@@ -19,7 +19,7 @@ from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
-from stable_diffusion import SD15, TINY, StableDiffusion
+from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
@@ -36,7 +36,7 @@ def parse_arguments() -> Namespace:
         return f"(default: tiny {getattr(TINY, field)}, sd15 {getattr(SD15, field)})"
 
     parser = options.ArgumentParser(description="Train a ControlNet on pairs of hint and picture.")
-    add, whole = parser.add_argument, options.positive_int
+    add, whole, count = parser.add_argument, options.positive_int, options.count_or_zero
     add("--base", default="tiny", help=options.BASE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
     add("--output-dir", type=Path, default=Path("runs/controlnet"), decides=False, help="default: runs/controlnet")
@@ -54,12 +54,10 @@ def parse_arguments() -> Namespace:
     add("--checkpointing-steps", type=whole, default=500, decides=False, help="default: 500, and always at the end")
     add("--checkpoints-total-limit", type=whole, default=2, decides=False, help="newest that are kept (default: 2)")
     add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
-    add("--validation-steps", type=options.count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
-    add("--snapshot-steps", type=options.count_or_zero, decides=False,
-        help=f"between snapshots for draw.py; 0: none {both('snapshot_steps')}")  # fmt: skip
+    add("--validation-steps", type=count, decides=False, help=f"0: never {both('validation_steps')}")
+    add("--snapshot-steps", type=count, decides=False, help=f"for draw.py; 0: none {both('snapshot_steps')}")
     add("--validation-hints", type=whole, default=8, help="held-out hints that are sampled and scored (default: 8)")
-    add("--num-workers", type=options.count_or_zero, default=0 if os.cpu_count() <= 4 else 4, decides=False,
-        help="processes that load pictures")  # fmt: skip
+    add("--num-workers", type=count, default=0 if os.cpu_count() <= 4 else 4, decides=False, help="that load pictures")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
@@ -164,7 +162,8 @@ def train(
 def export(args: Namespace, run: Run, denoiser: Denoiser, snapshot: bool = False) -> None:
     """Write the ControlNet for other programs, with a decoder that was trained; for draw.py a snapshot, in float16."""
     config = json.dumps(run.config)
-    metadata = {"base": args.base, "steps": str(run.step), "config": config, "license": args.preset.license}
+    licence = {"license": args.preset.license} if args.base in SOURCES else {}  # of others it is not known
+    metadata = {"base": args.base, "steps": str(run.step), "config": config} | licence
     file = f"snapshots/step-{run.step}.safetensors" if snapshot else "controlnet.safetensors"
     decoder = {}
     if args.unlock_decoder:
@@ -181,7 +180,8 @@ def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> 
         export(args, run, denoiser)
         plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     if run.step == args.max_train_steps and args.validation_steps and run.step % args.validation_steps:
-        held_out.preview(denoiser.controlnet, run.step)
+        # Said, but not logged: a longer run that is resumed from here would not have it in its log.
+        run.say(*news([{"step": run.step} | held_out.preview(denoiser.controlnet, run.step)]))
     run.say_what_next(held_out.prompts[0])
 
 
