@@ -163,8 +163,10 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
         source = fetch_folder("lllyasviel/ControlNet", "training/fill50k.zip", Path("fill50k"), "prompt.json", advice)
     pairs = PairedImages(source, resolution)
     spared = min(held_out, len(pairs) // 10)
+    if spared < held_out:
+        told = f"{spared}, a tenth, are held out" if spared else "none is held out, the previews show training pairs"
+        print(f"{source} has only {len(pairs)} pairs: {told}")
     if spared == 0:
-        print(f"{source} has only {len(pairs)} pairs: none is held out, the previews show training pairs")
         return pairs, pairs.select(slice(held_out))
     return pairs.select(slice(-spared)), pairs.select(slice(-spared, None))
 

@@ -13,7 +13,7 @@ def news(history: list[dict]) -> list[str]:
             lines.append(f"samples begin to follow their hints at about step {expected[1]}, give or take a third")
         if jump_step(history) == entry["step"]:
             lines.append(
-                "the jump: another pair's hint costs half of the held-out loss, samples begin to follow their hints"
+                "the jump: another pair's hint raises the held-out loss by half, samples begin to follow their hints"
             )
     if "iou" in entry:
         lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "

@@ -113,7 +113,9 @@ def test_noise_is_the_same_for_every_controlnet(sd):
 
 def test_command_line(monkeypatch, capsys, tmp_path):
     run_main(monkeypatch, listen, "--controlnet", SHIPPED, "--pairs", "2", "--resolution", "64", "--data", SAMPLE)
-    printed = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    printed = told.out.splitlines()
+    assert "trained on" not in told.err
     assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
     assert printed[3].lstrip().startswith("125 to 249 ") and len(printed) == BANDS + 4
     assert printed[-1] == f"{SHIPPED}: 2 pairs are too few for a verdict: take 8 or more"
@@ -133,6 +135,9 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
         "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1",
     )  # fmt: skip
     last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
+    capsys.readouterr()
+    run_main(monkeypatch, listen, "--controlnet", run / "controlnet.safetensors", "--data", SAMPLE, *options)
+    assert "trained on these pairs but for the last 0" in capsys.readouterr().err  # too few to spare any
     checkpoint = load_controlnet(run / "checkpoints" / "step-2", sd.unet).state_dict()
     assert all(torch.equal(last[name], checkpoint[name]) for name in last)
     (run / "checkpoints" / "step-3").mkdir()  # half written: left out

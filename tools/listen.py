@@ -24,6 +24,7 @@ from support.files import write_atomically
 from support.loading import load_decoders, locate_controlnet
 from support.randomness import HELD_OUT, generator_for
 from support.reading import read_controlnet
+from support.sizes import own_metadata
 from vae import sample_latent
 from weights import CONTROLNETS, load_controlnet
 
@@ -82,15 +83,10 @@ def noise_pairs(sd: StableDiffusion, pairs: Pairs, seed: int = 0) -> list[Noised
         if torch.equal(own, other):
             raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
         hints = {"own": own, "other": other, "empty": torch.zeros_like(own)}
-        with half_precision(sd):
+        with sd.autocast():
             base = sd.unet(z, t, context).cpu().double()
         noised.append(Noised(z, eps, t, context, hints, base))
     return noised
-
-
-def half_precision(sd: StableDiffusion):
-    precision = sd.unet.encoder[0].conv.weight.dtype
-    return torch.autocast(sd.device.type, precision, enabled=precision != torch.float32)
 
 
 @torch.no_grad()
@@ -99,7 +95,7 @@ def listen(sd: StableDiffusion, controlnet: ControlNet, noised: list[Noised]) ->
     rows: dict[str, list[Tensor]] = {name: [] for name in (*HINTS, "moved")}
     for pair in noised:
         predicted = {}
-        with half_precision(sd):
+        with sd.autocast():
             for name, hint in pair.hints.items():
                 condition = controlnet.hint_encoder(hint.to(sd.device)).expand(BANDS, -1, -1, -1)
                 residuals = controlnet.residuals(pair.z, condition, pair.t, pair.context)
@@ -227,20 +223,28 @@ def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
     found = steps_in_folder(Path(args.controlnet))
-    paths = {step: path for step, path in found.items() if readable(path)}
+    paths, training = {step: path for step, path in found.items() if readable(path)}, {}
     if not found:
         paths = {0: locate_controlnet(args.controlnet)}
-        read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
+        _, _, metadata = read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
+        training = own_metadata(metadata, "config")
     if not paths:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
     sd = StableDiffusion.load(args.base)
     args = options.with_defaults(args, sd.preset)
     if args.data in (*DRAWN_PAIRS, "fill50k"):
         _, pairs = open_pairs(args.data, args.resolution, 0, args.pairs)
+        most = len(pairs)
     else:
-        pairs = PairedImages(args.data, args.resolution).select(slice(-args.pairs, None))
+        all_pairs = PairedImages(args.data, args.resolution)
+        pairs, most = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10
     if len(pairs) < 2:
         raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
+    if training.get("data") == args.data and args.data not in DRAWN_PAIRS:
+        unseen = min(training["validation_hints"], most)  # see data.open_pairs
+        if unseen < len(pairs):
+            print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
+                  "train with more --validation-hints, or take fewer --pairs", file=sys.stderr)  # fmt: skip
     warn_if_slow(sd.unet, device)
     if load_decoders(sd, [path for path in paths.values() if path.is_file()]):
         print("its decoder was trained too: the column none is the base with that decoder")
