@@ -1,4 +1,4 @@
-"""The two architectures that the paper compares ControlNet with (Fig. 8b, 8c), out of the real one's way."""
+"""The two architectures that the paper compares ControlNet with (Fig. 8b, 8c), kept out of controlnet.py."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ class LiteBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor | None, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         return F.silu(self.conv(x))
 
 
-def lite_copy(unet: UNet, widths: list[int]) -> tuple[None, nn.ModuleList, LiteBlock]:
+def lite_copy(unet: UNet, widths: list[int]) -> tuple[nn.Identity, nn.ModuleList, LiteBlock]:
     """ControlNet-lite's parts in the order of ControlNet's: no time embedding, 12 encoder blocks, the middle block.
 
     `widths` are the channels after each encoder block.
@@ -31,4 +31,4 @@ def lite_copy(unet: UNet, widths: list[int]) -> tuple[None, nn.ModuleList, LiteB
     channels = [unet.config.in_channels, *widths]
     strides = [2 if hasattr(block, "downsample") else 1 for block in unet.encoder]
     blocks = nn.ModuleList(LiteBlock(*io, stride) for *io, stride in zip(channels, channels[1:], strides))
-    return None, blocks, LiteBlock(widths[-1], widths[-1])
+    return nn.Identity(), blocks, LiteBlock(widths[-1], widths[-1])

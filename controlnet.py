@@ -10,7 +10,7 @@ from unet import UNet, UNetConfig, encoder_channels, run_block
 
 HINT_CHANNELS = (16, 32, 96, 256)
 GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it that we know of
-CONTROL_MODES = {  # factors of the 13 residuals, see control_weights
+CONTROL_MODES = {  # factors of the 13 residuals; in all but "uniform" only guidance's conditional side sees the hint
     "uniform": [1.0] * 13,
     "conditional": [1.0] * 13,
     "guess": [GUESS_DECAY ** (12 - i) for i in range(13)],
@@ -68,7 +68,7 @@ class ControlNet(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
-        self.time_embed = time_embed  # None in a ControlNet-lite (ablations.py), which sees neither time nor prompt
+        self.time_embed = time_embed  # nn.Identity in a ControlNet-lite, which sees neither time nor prompt
         self.encoder, self.middle, self.hint_encoder = encoder, middle, hint_encoder
         widths = encoder_channels(config)
         self.zero_convs = nn.ModuleList(zero_conv(channels) for channels in widths)
@@ -99,7 +99,7 @@ class ControlNet(nn.Module):
 
     @property
     def lite(self) -> bool:
-        return self.time_embed is None
+        return isinstance(self.time_embed, nn.Identity)
 
     def forward(self, x: Tensor, hint: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         """Equation (2) without its first term: Z(F(x + Z(c; Θ_z1); Θ_c); Θ_z2) for each of the 13 connections.
@@ -111,8 +111,7 @@ class ControlNet(nn.Module):
 
     def residuals(self, x: Tensor, condition: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         """`forward` from the hint encoder's output on, which stays the same from one sampling step to the next."""
-        time = None if self.lite else self.time_embed(t)
-        residuals, h = [], x
+        time, residuals, h = self.time_embed(t), [], x
         for i, (block, zero) in enumerate(zip(self.encoder, self.zero_convs, strict=True)):
             h = run_block(block, self.checkpointing, h, time, context)  # F(·; Θ_c), block by block
             if i == 0:
@@ -128,7 +127,7 @@ class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
     The UNet is locked here (Θ in equation 2) and stored in `precision`, which autocast computes in. The ControlNet
-    learns, as from_unet made it. `trained` holds the modules that learn, by name, in float32.
+    keeps requires_grad as from_unet set it. `trained` holds the modules that learn, by name, in float32.
     """
 
     def __init__(
@@ -163,8 +162,9 @@ class Denoiser(nn.Module):
 def control_weights(mode: str, strength: float = 1.0) -> list[float]:
     """A factor for each of the 13 residuals, in their order (shallow to deep, the middle last).
 
-    "uniform" and "conditional": 1. "guess": 0.825^(12 - i), as released. "resolution": the paper's w_i = 64/h_i
-    (Sec. 3.4), at any size the latent's side over the feature's; the released code has no such formula.
+    "uniform" and "conditional": 1; which sides of guidance see the hint sets them apart (sample.generate). "guess":
+    0.825^(12 - i), as released. "resolution": the paper's w_i = 64/h_i (Sec. 3.4), at any size the latent's side over
+    the feature's; the released code has no such formula.
     Raises ValueError for other modes.
     """
     if mode not in CONTROL_MODES:

@@ -35,7 +35,8 @@ def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float
 
     own, other [B, 4, h, w]: ε_θ of the same noised latents, times and prompts, once with each pair's own hint and once
     with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what
-    the other hint adds to the loss of equation (5). Both are exactly 0 while the output zero convolutions are.
+    the other hint adds to the loss of equation (5). Both are exactly 0 up to the first step: the hint encoder's zero
+    convolution moves in the second (notebook 1).
     """
     own, other, eps = (x.cpu().double() for x in (own, other, eps))  # to see a gap of 1e-9 beside a loss of 0.02
     sensitivity = (own - other).square().mean().sqrt()
@@ -137,7 +138,7 @@ def means_of_three(history: list[dict]) -> Iterator[tuple[int, float, float, flo
 
 
 def jump_step(history: list[dict]) -> int | None:
-    """The first logged step by which another pair's hint costs half of the held-out loss, or None.
+    """The first logged step by which another pair's hint raises the held-out loss by half, or None.
 
     About then samples begin to follow their hints: docs/convergence.md has how exactly, and in which trainings.
     """
@@ -147,8 +148,9 @@ def jump_step(history: list[dict]) -> int | None:
 def forecast(history: list[dict]) -> tuple[int, int] | None:
     """The first logged step at which jump_step can be forecast, and the forecast; None before.
 
-    If the prediction with its own hint were right, another hint would cost the square of the sensitivity, so the jump
-    is near a sensitivity of sqrt(JUMP loss). At a tenth of it five eighths of the steps are done: measured, no theory.
+    Were the prediction with the own hint the best possible (the mean of ε), another hint would add the square of the
+    sensitivity to the loss, so the jump is near a sensitivity of sqrt(JUMP loss). At a tenth of it five eighths of the
+    steps are done: measured, no theory.
     """
     for step, sensitivity, _, loss in means_of_three(history):
         if sensitivity >= EARLY * math.sqrt(JUMP * loss):

@@ -53,8 +53,10 @@ def ddim(
 
     eta = 0 is deterministic; eta = 1 adds as much noise as DDPM. `generator` draws that noise on the CPU, so that the
     numbers are the same on every device; one with the seed that drew z_T would draw z_T again. `watch` is shown the z_0
-    predicted at each step. Raises ValueError unless 1 <= steps < schedule.steps.
+    predicted at each step. Raises ValueError unless 1 <= steps < schedule.steps and 0 <= eta <= 1.
     """
+    if not 0 <= eta <= 1:  # beyond 1, more than all of the noise would be fresh
+        raise ValueError(f"eta is from 0 to 1, not {eta}")
     timesteps = ddim_timesteps(schedule, steps)
     alphas = schedule.alphas_cumprod[timesteps]
     # Each step leads from ᾱ_t to ᾱ_prev, that of the next smaller t. The last ends at ᾱ_0, not at 1, as released.

@@ -51,9 +51,7 @@ def generate(
     sides = [sd.encode_prompts(prompts)]  # of guidance: the unconditional one, if it is needed, comes first
     if guided:
         sides.insert(0, sd.encode_prompts([negative_prompt]).expand_as(sides[0]))
-    precision = sd.unet.encoder[0].conv.weight.dtype  # of a UNet in half precision; else autocast does nothing
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    with autocast:
+    with sd.autocast():
         conditions = [
             torch.cat([net.hint_encoder(part.to(device)) for part in hint.split(AT_ONCE)])
             for net, hint in zip(controlnets, hints, strict=True)
@@ -79,7 +77,7 @@ def generate(
         for images in (slice(first, first + AT_ONCE) for first in range(0, len(z), AT_ONCE)):
             context = torch.cat([side[images] for side in sides])  # both sides of guidance in one batch
             inputs = z[images].repeat(len(sides), 1, 1, 1), t[images].repeat(len(sides)), context
-            with autocast:
+            with sd.autocast():
                 eps = sd.unet(*inputs, control(*inputs, images) if controlled else None).float()
             predicted.append(guided_noise(*eps.chunk(2), guidance_scale) if guided else eps)
         bar.update()
@@ -108,12 +106,12 @@ def parse_arguments():
     add("--num-samples", type=options.positive_int, default=1)
     add("--steps", type=ddim_steps, dest="sampling_steps", help="DDIM steps (default: 20)")
     add("--guidance-scale", type=finite, help="β of classifier-free guidance (default: tiny 4, sd15 9)")
-    add("--control-mode", choices=CONTROL_MODES, default="uniform", help="how the residuals are weighted (Sec. 3.4)")
+    add("--control-mode", choices=CONTROL_MODES, default="uniform", help="weights, and which side sees it (Sec. 3.4)")
     add("--control-start", type=options.share, default=0.0, help="share of the steps before it starts (default: 0)")
     add("--control-end", type=options.share, default=1.0, help="share of the steps after which it ends (default: 1)")
     options.add_placing(parser)  # --precision, --resolution, --device
     add("--seed", type=options.seed, default=0, help="sample i starts from seed + i")
-    add("--output", type=options.png, default=Path("out.png"), decides=False, help="the row; samples: out-0.png, …")
+    add("--output", type=options.png, default=Path("out.png"), decides=False, help="a row; samples alone: out-0.png, …")
     args = parser.parse_args()
     if len(args.hint) != len(args.controlnet):
         raise UserError(f"{len(args.controlnet)} --controlnet but {len(args.hint)} --hint: each needs its own")

@@ -10,7 +10,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from controlnet import HINT_CHANNELS
 from support.diffusers_format import BASE_FILES
 from support.hub import locate
-from support.reading import read_base, read_part_of_base
+from support.reading import read_base_sizes, read_part_of_base
 from support.sizes import read_tokenizer, sizes_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
@@ -84,7 +84,7 @@ class StableDiffusion(nn.Module):
         is damaged, or is no Stable Diffusion 1.x.
         """
         path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
-        sizes = {"latent_scale": SD15.latent_scale} | read_base(path, BASE, DIFFUSERS)[1]
+        sizes = {"latent_scale": SD15.latent_scale} | read_base_sizes(path, BASE, DIFFUSERS)
         tokenizer = read_tokenizer(path, sizes["text"].vocab_size, SD15_REPO)
         with sizes_of(path):
             sd = cls(tokenizer, **sizes)
@@ -101,6 +101,11 @@ class StableDiffusion(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.unet.conv_out.weight.device
+
+    def autocast(self) -> torch.autocast:
+        """For a UNet, and its ControlNets, that are stored in half precision; else it does nothing."""
+        precision = self.unet.encoder[0].conv.weight.dtype  # the decoder may be in float32, if it was trained
+        return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Prompts -> context [B, 77, D]. Prompts over 75 tokens are cut."""

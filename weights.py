@@ -184,9 +184,9 @@ def save_controlnet(
     """Write a ControlNet for other programs.
 
     "official" is one .safetensors file, which A1111, ComfyUI and diffusers read. `others` are more tensors for it,
-    under official names: the base's decoder if that was trained too. `dtype` is what all are rounded to. "diffusers"
-    is a folder, for ControlNetModel. The lite ablation keeps our names, is marked in the metadata, and has no diffusers
-    layout.
+    under official names: the base's decoder if that was trained too. "diffusers" is a folder, for ControlNetModel,
+    with no place for `metadata` and `others`. `dtype` is what all tensors are rounded to. The lite ablation keeps our
+    names, is marked in the metadata, and has no diffusers layout.
     Raises UserError for that, or when writing fails; ValueError for any other layout.
     """
     if layout == "official":
@@ -198,6 +198,6 @@ def save_controlnet(
     elif layout == "diffusers":
         if controlnet.lite:
             raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")
-        save_controlnet_folder(controlnet, DIFFUSERS[ControlNet][0], Path(path))
+        save_controlnet_folder(controlnet, DIFFUSERS[ControlNet][0], Path(path), dtype)
     else:
         raise ValueError(f"layout is 'official' or 'diffusers', not {layout!r}")

@@ -6,6 +6,7 @@ A ControlNet is one folder; a base is a folder with unet/, vae/, text_encoder/, 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel
@@ -309,8 +310,8 @@ def read_controlnet_folder(path: Path, layouts: tuple[Layout, ...]) -> tuple[Par
     return part, hidden
 
 
-def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layout, ...]]) -> tuple[dict, dict]:
-    """The networks of a base -> their tensors, and the arguments of StableDiffusion. Raises UserError."""
+def read_folder_sizes(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layout, ...]]) -> dict:
+    """The sizes of a base's networks: arguments of StableDiffusion. Raises UserError."""
     missing = next((name for name in FOLDERS.values() if not (folder / name).is_dir()), None)
     if missing:
         raise UserError(f"{folder} has no {missing}/ in it, as a base's folder in diffusers' layout does: pass such a "
@@ -326,9 +327,8 @@ def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layou
         "vae": {"norm_groups": hidden_size(vae_file, vae, "norm_num_groups", VAEConfig().norm_groups)},
         "text": {"num_heads": hidden_size(text_file, text, "num_attention_heads", default)},
     }
-    parts = {network: part for network, (part, _, _) in found.items()}
     with sizes_of(folder):
-        sizes = sizes_from_shapes(*parts.values(), hidden)
+        sizes = sizes_from_shapes(*(part for part, _, _ in found.values()), hidden)
     if "scaling_factor" in vae:
         sizes["latent_scale"] = vae["scaling_factor"]
         if not is_scale(vae["scaling_factor"]):
@@ -337,7 +337,7 @@ def read_base_folder(folder: Path, layouts: Mapping[type[nn.Module], tuple[Layou
     check_settings(unet_file, unet, unet_settings(sizes["unet"]))
     check_settings(vae_file, vae, vae_settings(sizes["vae"], sizes.get("latent_scale")))
     check_settings(text_file, text, text_settings(sizes["text"]))
-    return parts, sizes
+    return sizes
 
 
 def check_schedule(path: Path) -> None:
@@ -349,7 +349,7 @@ def check_schedule(path: Path) -> None:
         check_settings(path, {name: value for name, value in settings.items() if name in SCHEDULE}, SCHEDULE)
 
 
-def save_controlnet_folder(controlnet: ControlNet, layout: Layout, folder: Path) -> None:
+def save_controlnet_folder(controlnet: ControlNet, layout: Layout, folder: Path, dtype: torch.dtype | None) -> None:
     part = Part(controlnet.state_dict(), layout, str(folder), advice="")
-    save_tensors({layout.theirs(name): tensor for name, tensor in part.tensors.items()}, folder / FILE)
+    save_tensors({layout.theirs(name): tensor.to(dtype=dtype) for name, tensor in part.tensors.items()}, folder / FILE)
     save_json(controlnet_settings(controlnet.config, hint_channels(part)), folder / "config.json")

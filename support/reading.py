@@ -9,8 +9,8 @@ from support.checkpoints import is_checkpoint, read_trained
 from support.diffusers_format import (
     FOLDERS,
     is_controlnet_file,
-    read_base_folder,
     read_controlnet_folder,
+    read_folder_sizes,
     read_network,
     weights_in,
 )
@@ -23,21 +23,20 @@ from support.sizes import HIDDEN, own_metadata, read_sizes
 Layouts = Mapping[type[nn.Module], Sequence[Layout]]
 
 
-def read_base(path: Path, in_file: Layouts, in_folder: Layouts) -> tuple[dict[type[nn.Module], Part], dict]:
-    """The tensors of a base's three networks, and its sizes: arguments of StableDiffusion.
+def read_base_sizes(path: Path, in_file: Layouts, in_folder: Layouts) -> dict:
+    """The sizes of a base's three networks: arguments of StableDiffusion.
 
     `path` is a single file, or a folder of diffusers. Raises UserError as read_tensors does, and for settings that are
     not Stable Diffusion 1.x's.
     """
     if path.is_dir():
-        return read_base_folder(path, in_folder)
+        return read_folder_sizes(path, in_folder)
     tensors, metadata = read_tensors(path)
-    parts = {network: read_part(layouts, tensors, path) for network, layouts in in_file.items()}
-    return parts, read_sizes(path, metadata, parts.values())
+    return read_sizes(path, metadata, [read_part(layouts, tensors, path) for layouts in in_file.values()])
 
 
 def read_part_of_base(path: Path, network: type[nn.Module], in_file: Layouts, in_folder: Layouts) -> Part:
-    """One of the networks that read_base reads, from a mapping of its own, so that no other keeps its memory."""
+    """The tensors of one of the networks, from a mapping of its own, so that no other keeps its memory."""
     if path.is_dir():
         return read_network(weights_in(path / FOLDERS[network]), network, in_folder[network])[0]
     return read_part(in_file[network], read_tensors(path)[0], path)

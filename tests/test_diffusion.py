@@ -31,6 +31,8 @@ def test_eta_draws_from_its_generator():
     assert torch.equal(sample(1.0, 1), sample(1.0, 1))
     assert not torch.equal(sample(1.0, 1), sample(1.0, 2))
     assert torch.allclose(sample(1.0, 1), sample(1.0, 1, torch.float64).float(), atol=1e-5)  # the same numbers
+    with pytest.raises(ValueError, match="eta is from 0 to 1, not 1.5"):
+        sample(1.5, 1)
 
 
 def test_eta_one_keeps_the_variance():

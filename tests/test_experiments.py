@@ -22,7 +22,6 @@ RUNS = [(group, runs) for group in TABLE for runs in TABLE[group]]
 def test_options(runs, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *f"{ALWAYS} {runs.options}".split()])
     args = parse_arguments()
-    assert args.validation_hints == 32
     if args.snapshot_steps and runs.steps > 10:
         assert EQUAL % args.snapshot_steps == 0  # those that are scored are there
 

@@ -32,15 +32,14 @@ def main() -> None:
     refuse_own(part)
     with sizes_of(args.source):
         unet = UNet(unet_config(part, **hidden))
-    dtype = DTYPES[args.dtype]
-    controlnet = load_controlnet(args.source, unet).to(dtype)
+    controlnet = load_controlnet(args.source, unet)
     decoder = {}
     if "unlock_decoder" in metadata:
         prefix = OFFICIAL[UNet].prefix
         tensors, _ = read_tensors(args.source)
-        decoder = {name: tensor.to(dtype) for name, tensor in tensors.items() if name.startswith(prefix)}
+        decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     kept = {key: value for key, value in metadata.items() if key != "format"}
-    save_controlnet(controlnet, args.output, args.layout, kept, decoder)
+    save_controlnet(controlnet, args.output, args.layout, kept, decoder, DTYPES[args.dtype])
     print(f"{args.source}: ControlNet in the {part.layout.name} layout, {len(part.tensors)} tensors")
     if decoder and args.layout == "diffusers":
         print(
