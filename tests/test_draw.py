@@ -89,15 +89,15 @@ def test_each_step_is_shown_and_step_zero_is_the_base(painter):
     assert last.tobytes() != alone.tobytes()
 
 
-def test_a_drawing_is_a_hint_already(run):
+def test_a_drawing_is_a_hint_already(run, tmp_path):
     """--detect is for pictures: the edges of a drawn stroke would be two lines."""
     page, sd = pytest.importorskip("support.page"), StableDiffusion.load("tiny")
     painter = draw.Painter(sd, find_snapshots(run)[1], 128, lambda hint: 1 - hint)
     ring, data = to_picture(painter.ring(0.5, 0.5, 0.3) * 2 - 1), io.BytesIO()
     ring.save(data, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    (run / "ring.png").write_bytes(data.getvalue())
-    drawn, sent = (page.read_hint(painter, tab, (), url, str(run / "ring.png")) for tab in ("draw", "picture"))
+    (tmp_path / "ring.png").write_bytes(data.getvalue())
+    drawn, sent = (page.read_hint(painter, tab, (), url, str(tmp_path / "ring.png")) for tab in ("draw", "picture"))
     assert torch.equal(drawn, painter.ring(0.5, 0.5, 0.3)) and torch.equal(sent, 1 - drawn)
 
 
