@@ -132,7 +132,7 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
     run, options = tmp_path / "run", ["--pairs", "2", "--resolution", "64", "--output", tmp_path / "curve.png"]
     run_main(
         monkeypatch, train, "--output-dir", run, "--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2",
-        "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1",
+        "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1", "--snapshot-steps", "1",
     )  # fmt: skip
     last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
     capsys.readouterr()
@@ -145,7 +145,7 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
     theirs = tmp_path / "theirs"
     for step in (500, 1000):
         save_controlnet(untrained(sd), theirs / f"checkpoint-{step}" / "controlnet", layout="diffusers")
-    for folder, steps in ((run, (1, 2)), (theirs, (500, 1000))):
+    for folder, steps in ((run, (0, 1, 2)), (theirs, (500, 1000))):
         capsys.readouterr()
         run_main(monkeypatch, listen, "--controlnet", folder, *options)
         printed = capsys.readouterr().out

@@ -167,16 +167,17 @@ def table(heard: Heard) -> list[str]:
 
 
 def steps_in_folder(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run, ours (step-N, or checkpoints/step-N) or diffusers' (checkpoint-N/controlnet)."""
+    """The snapshots and checkpoints of a run, ours (of a step that has both, the checkpoint) or diffusers'."""
     found = {}
-    for path in [*folder.glob("step-*"), *folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*/controlnet")]:
-        if match := re.search(r"(?:step|checkpoint)-(\d+)(?:/controlnet)?$", path.as_posix()):
-            found[int(match[1])] = path
+    for places in ("snapshots/step-*", "step-*", "checkpoints/step-*", "checkpoint-*/controlnet"):
+        for path in folder.glob(places):
+            if match := re.search(r"(?:step|checkpoint)-(\d+)(?:/controlnet|\.safetensors)?$", path.as_posix()):
+                found[int(match[1])] = path
     return dict(sorted(found.items()))
 
 
 def readable(path: Path) -> bool:
-    """Whether it is a checkpoint that was written to its end; says so if it is not."""
+    """Whether it was written to its end; says so if it is not."""
     try:
         read_controlnet(path, CONTROLNETS)
         return True
@@ -210,7 +211,7 @@ def parse_arguments():
     parser = options.ArgumentParser(prog="convergence.py", description="Measure whether a ControlNet hears its hint.")
     add = parser.add_argument
     add("--base", default="tiny", help="as for sample.py (default: tiny)")
-    add("--controlnet", required=True, help="as for sample.py, or a folder with a training's checkpoints")
+    add("--controlnet", required=True, help="as for sample.py, or a training's folder, with snapshots or checkpoints")
     add("--data", help="as for train.py; of a folder, its last pairs (default: tiny drawn, sd15 fill50k)")
     add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
     options.add_placing(parser)  # --precision, --resolution, --device
