@@ -86,7 +86,8 @@ def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
     if args.run:
-        args.base, paths = find_snapshots(args.run)
+        trained_with, paths = find_snapshots(args.run)
+        args.base, args.resolution = trained_with["base"], args.resolution or trained_with["resolution"]
     else:
         paths = {0: locate_controlnet(args.controlnet or SHIPPED)}
     if brings_decoder(paths[max(paths)]):

@@ -82,12 +82,12 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
     }
 
 
-def find_snapshots(run: Path) -> tuple[str, dict[int, Path]]:
-    """The base of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
+def find_snapshots(run: Path) -> tuple[dict, dict[int, Path]]:
+    """The options of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
     config, paths = read_json(run / CONFIG), steps_in(run / "snapshots", ".safetensors")
     if not paths:
         raise UserError(f"{run / 'snapshots'} has no snapshots: train with --snapshot-steps 10")
-    return config["base"], dict(sorted(paths.items()))
+    return config, dict(sorted(paths.items()))
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -130,9 +130,15 @@ def check_config(path: Path, config: dict, processes: int) -> int:
     if changed:
         if "train_batch_size" in changed and processes > 1:
             saved["train_batch_size"] = f"{saved['train_batch_size']} over all processes"
-        options = ", ".join(f"--{name.replace('_', '-')} {saved.get(name)}" for name in changed)
+        options = ", ".join(as_typed(f"--{name.replace('_', '-')}", saved[name]) for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
     return saved.get("step", 0)
+
+
+def as_typed(option: str, value) -> str:
+    if value is True:
+        return option
+    return f"{option} {value}" if value not in (None, False) else f"no {option}"
 
 
 def load_checkpoint(

@@ -22,7 +22,7 @@ SAID_IN_ERRORS = {
     "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
     "CUDNN_STATUS_ALLOC_FAILED": MEMORY,
     "Bus error": "shared memory ran out: take --num-workers 0, or give a container more with --shm-size",
-    "DataLoader worker": "a process that loads pictures has died ({said}): take --num-workers 0",
+    "DataLoader worker (pid": "a process that loads pictures has died ({said}): take --num-workers 0",
 }
 REMEDIES = {
     errno.ENOSPC: "make room",

@@ -113,7 +113,11 @@ def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
     with reading(path, "picture", "save it again as PNG or JPEG"):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise UserError(f"{path} is no regular file: pass a picture")
-        with Image.open(path, formats=FORMATS) as image:
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path}: {error} Make it smaller") from None
+        with image:
             if max(image.size) > MOST_OBLONG * min(image.size):
                 raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
             if image.width * image.height > most_pixels:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from support.checkpoints import is_checkpoint, read_trained
+from support.checkpoints import STATE, is_checkpoint, read_trained
 from support.diffusers_format import (
     FOLDERS,
     is_controlnet_file,
@@ -45,10 +45,13 @@ def read_part_of_base(path: Path, network: type[nn.Module], in_file: Layouts, in
 def read_controlnet(path: Path, layouts: Sequence[Layout]) -> tuple[Part, dict[str, int], dict[str, str]]:
     """The tensors of a ControlNet, the sizes of its base that no shape shows, and its file's metadata.
 
-    `path` is a single file, a folder of diffusers or a file in one, or a checkpoint of train.py. Raises UserError as
-    read_tensors does, for settings that are not those of a ControlNet for Stable Diffusion 1.x, and for differences.
+    `path` is a single file, a folder of diffusers or a file in one, or a checkpoint of train.py or the file in it.
+    Raises UserError as read_tensors does, for settings that are not those of a ControlNet for Stable Diffusion 1.x, and
+    for differences.
     """
     warn_of_pooling(path)
+    if path.name == STATE and is_checkpoint(path.parent):
+        path = path.parent
     if (path.is_dir() and not is_checkpoint(path)) or is_controlnet_file(path):
         return *read_controlnet_folder(path, layouts), {}
     tensors, metadata = read_trained(path) if is_checkpoint(path) else read_tensors(path)

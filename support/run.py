@@ -322,6 +322,8 @@ class Run:
             hint = str(self.folder / "previews" / "hint.png") if self.args.validation_steps else "HINT.png"
             command = ["python", "sample.py", "--base", self.args.base, "--controlnet", str(result), "--hint", hint]
             command += ["--prompt", prompt, "--control-mode", "conditional"]  # as the previews are sampled
+            if self.args.resolution != self.args.preset.resolution:
+                command += ["--resolution", str(self.args.resolution)]
             self.say(f"now: {shlex.join(command)}")
             if (self.folder / "snapshots").is_dir():
                 self.say(f"or draw hints and scrub through the training: python draw.py --run {self.folder}")

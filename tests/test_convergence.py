@@ -146,6 +146,10 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
         plot.main()
+    (tmp_path / "notes.txt").write_text("no log\n")
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "notes.txt")])
+    with pytest.raises(UserError, match="notes.txt has no entries"):
+        plot.main()
 
 
 def test_plotting_logs_of_different_runs(tmp_path):

@@ -137,7 +137,10 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
     last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
     capsys.readouterr()
     run_main(monkeypatch, listen, "--controlnet", run / "controlnet.safetensors", "--data", SAMPLE, *options)
-    assert "trained on these pairs but for the last 0" in capsys.readouterr().err  # too few to spare any
+    trained_on_them = "trained on these pairs but for the last 0"  # too few to spare any
+    assert trained_on_them in capsys.readouterr().err
+    run_main(monkeypatch, listen, "--controlnet", run, "--data", f"{SAMPLE}/../fill50k/", *options)
+    assert trained_on_them in capsys.readouterr().err
     checkpoint = load_controlnet(run / "checkpoints" / "step-2", sd.unet).state_dict()
     assert all(torch.equal(last[name], checkpoint[name]) for name in last)
     (run / "checkpoints" / "step-3").mkdir()  # half written: left out

@@ -57,6 +57,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
         (lambda path: Image.fromarray(np.full((64, 64), 200, np.int32)).save(path, "TIFF"), "32 bits a channel"),
         (lambda path: Image.new("RGB", (60_000, 1)).save(path), "is 60000x1 pixels: crop it"),
         (lambda path: Image.new("RGB", (1, 5000)).save(path), "is 1x5000 pixels: crop it"),
+        (lambda path: Image.new("1", (13_500, 13_500)).save(path), "exceeds limit .* Make it smaller"),
     ],
 )
 def test_what_is_no_picture_of_use(make, told, tmp_path):

@@ -63,6 +63,8 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     changed = ["--learning-rate", "0.1", *resume]
     with pytest.raises(UserError, match="--learning-rate 0.002"):
         run_main(monkeypatch, train, *QUICK, *changed)
+    with pytest.raises(UserError, match="was made with no --only-mid-control: "):
+        run_main(monkeypatch, train, *QUICK, "--only-mid-control", *resume)
     with pytest.raises(UserError, match="holds a run already"):
         run_main(monkeypatch, train, *QUICK, "--output-dir", folder)
 

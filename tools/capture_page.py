@@ -143,10 +143,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of both pictures (default: docs)")
     args = parser.parse_args()
     if find_spec("playwright") is None or not BROWSER:
-        raise UserError("this needs Chromium and playwright: pip install -r requirements-dev.txt")
+        raise UserError("this needs playwright (pip install -r requirements-dev.txt) and Chromium (your system's)")
     from playwright.sync_api import sync_playwright
 
     steps = list(find_snapshots(args.run)[1])
+    if len(steps) < 2:
+        raise UserError(f"{args.run} has one snapshot only: train with a smaller --snapshot-steps")
     with (
         tempfile.TemporaryDirectory() as folder, served(args.run, Path(folder)) as address,
         sync_playwright() as playwright,

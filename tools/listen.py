@@ -20,7 +20,7 @@ from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError
-from support.files import write_atomically
+from support.files import read_json, write_atomically
 from support.loading import load_decoders, locate_controlnet
 from support.randomness import HELD_OUT, generator_for
 from support.reading import read_controlnet
@@ -223,8 +223,10 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
-    found = steps_in_folder(Path(args.controlnet))
-    paths, training = {step: path for step, path in found.items() if readable(path)}, {}
+    folder = Path(args.controlnet)
+    found = steps_in_folder(folder)
+    paths = {step: path for step, path in found.items() if readable(path)}
+    training = read_json(folder / "config.json") if found and (folder / "config.json").is_file() else {}
     if not found:
         paths = {0: locate_controlnet(args.controlnet)}
         _, _, metadata = read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
@@ -241,13 +243,14 @@ def main() -> None:
         pairs, most = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10
     if len(pairs) < 2:
         raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
-    if training.get("data") == args.data and args.data not in DRAWN_PAIRS:
+    trained_on = Path(training.get("data", args.controlnet))
+    if trained_on.resolve() == Path(args.data).resolve() and args.data not in DRAWN_PAIRS:
         unseen = min(training["validation_hints"], most)  # see data.open_pairs
         if unseen < len(pairs):
             print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
                   "train with more --validation-hints, or take fewer --pairs", file=sys.stderr)  # fmt: skip
     warn_if_slow(sd.unet, device)
-    if load_decoders(sd, [path for path in paths.values() if path.is_file()]):
+    if load_decoders(sd, list(paths.values())):
         print("its decoder was trained too: the column none is the base with that decoder")
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")

@@ -19,7 +19,10 @@ def main() -> None:
     named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
     if len(named) < len(args.log):
         raise UserError(f"two of the logs have the same name, of {', '.join(named)}: copy one to another name")
-    plot_convergence({name: read_log(path) for name, path in named.items()}, args.output)
+    logs = {name: read_log(path) for name, path in named.items()}
+    if empty := next((named[name] for name, entries in logs.items() if not entries), None):
+        raise UserError(f"{empty} has no entries: pass a run's log.jsonl")
+    plot_convergence(logs, args.output)
     print(f"wrote {args.output}")
 
 

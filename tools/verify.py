@@ -40,6 +40,10 @@ Numbers = dict[str, Tensor]
 Row = tuple[str, str, str, bool]
 
 
+# Of other numbers of steps diffusers visits other times than `generate`.
+divisor_of_1000 = options.number(int, lambda n: 0 < n < 1000 and 1000 % n == 0, "a divisor of 1000, below it")
+
+
 def limit(name: str) -> float:
     """How far apart rounding may bring two programs in float32: max |ours - theirs| / max |theirs|.
 
@@ -163,7 +167,7 @@ def main() -> None:
     parser.add_argument("--base", default="sd15", help="as for sample.py (default: sd15)")
     parser.add_argument("--controlnet", help="as for sample.py")
     parser.add_argument("--resolution", type=options.side, default=256, help="of the picture (default: 256)")
-    parser.add_argument("--steps", type=options.positive_int, default=20, help="of the sample (default: 20)")
+    parser.add_argument("--steps", type=divisor_of_1000, default=20, help="a divisor of 1000 (default: 20)")
     args = parser.parse_args()
     if missing := next((name for name in ("diffusers", "transformers") if find_spec(name) is None), None):
         raise UserError(f"{missing} is not installed: pip install -r requirements-dev.txt")

@@ -18,7 +18,7 @@ from vae import VAEConfig
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 4, 9.0  # on both sides
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEPS = {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+STEPS = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
 DDIM = BETAS | STEPS
 
 
