@@ -33,7 +33,7 @@ PLAYWRIGHT = importlib.util.find_spec("playwright")
 def run(tmp_path_factory):
     """A run's folder as the page needs it: a snapshot before the first step, one after the last, a log."""
     folder, sd = tmp_path_factory.mktemp("run"), StableDiffusion.load("tiny")
-    (folder / "config.json").write_text('{"base": "tiny"}')
+    (folder / "config.json").write_text('{"base": "tiny", "resolution": 128}')
     untrained = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
     save_controlnet(untrained, folder / "snapshots" / "step-0.safetensors", dtype=torch.float16)
     shutil.copy(draw.SHIPPED, folder / "snapshots" / "step-800.safetensors")
@@ -113,7 +113,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
     assert "config.json" in error("--run", tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')  # not a run's
     assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
-    (tmp_path / "config.json").write_text('{"base": "tiny"}')
+    (tmp_path / "config.json").write_text('{"base": "tiny", "resolution": 128}')
     assert "has no snapshots: train with --snapshot-steps" in error("--run", tmp_path)
     sd = StableDiffusion.load("tiny")
     path = tmp_path / "snapshots" / "step-5.safetensors"
