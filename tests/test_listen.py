@@ -142,7 +142,8 @@ def test_a_training_of_ours_and_of_diffusers(sd, monkeypatch, capsys, tmp_path):
     run_main(monkeypatch, listen, "--controlnet", run, "--data", f"{SAMPLE}/../fill50k/", *options)
     assert trained_on_them in capsys.readouterr().err
     checkpoint = load_controlnet(run / "checkpoints" / "step-2", sd.unet).state_dict()
-    assert all(torch.equal(last[name], checkpoint[name]) for name in last)
+    file = load_controlnet(run / "checkpoints" / "step-2" / "state.safetensors", sd.unet).state_dict()
+    assert all(torch.equal(last[name], checkpoint[name]) and torch.equal(last[name], file[name]) for name in last)
     (run / "checkpoints" / "step-3").mkdir()  # half written: left out
     (run / "checkpoints" / "step-3" / "state.safetensors").write_bytes(b"half")
     theirs = tmp_path / "theirs"

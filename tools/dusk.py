@@ -5,7 +5,6 @@ background. The ControlNet that was trained on the first base is then put on bot
 says what follows, and is kept in docs/logs/dusk.json; docs/dusk.png shows it.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,6 +17,8 @@ from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.errors import run_command_line
 from support.files import save_json
+from support.loading import locate_controlnet
+from support.options import ArgumentParser
 from support.pictures import contact_sheet, save_picture
 from tools.pretrain import SEED, Fit, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
@@ -96,13 +97,15 @@ def transfer(path: Path, controlnet: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.dusk", description="Make a second base, and move to it.")
+    parser = ArgumentParser(prog="python -m tools.dusk", description="Make a second base, and move to it.")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/dusk"), help="checkpoint, log and weights")
-    parser.add_argument("--controlnet", type=Path, default=ROOT / "models" / "fill50k" / "controlnet.safetensors")
+    parser.add_argument("--controlnet", default=ROOT / "models" / "fill50k" / "controlnet.safetensors")
     args = parser.parse_args()
+    controlnet = locate_controlnet(args.controlnet)
+    load_controlnet(controlnet, StableDiffusion.load("tiny").unet)  # a wrong one is reported before the training
     args.output_dir.mkdir(parents=True, exist_ok=True)
     train(args.output_dir)
-    transfer(args.output_dir / TINY_FILE.name, args.controlnet)
+    transfer(args.output_dir / TINY_FILE.name, controlnet)
 
 
 if __name__ == "__main__":

@@ -243,8 +243,8 @@ def main() -> None:
         pairs, most = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10
     if len(pairs) < 2:
         raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
-    trained_on = Path(training.get("data", args.controlnet))
-    if trained_on.resolve() == Path(args.data).resolve() and args.data not in DRAWN_PAIRS:
+    same = "data" in training and Path(training["data"]).resolve() == Path(args.data).resolve()
+    if same and args.data not in DRAWN_PAIRS:
         unseen = min(training["validation_hints"], most)  # see data.open_pairs
         if unseen < len(pairs):
             print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
