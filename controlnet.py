@@ -1,5 +1,6 @@
 """ControlNet: a trainable copy of the UNet's encoder between zero convolutions (Fig. 2, 3b; equations 1 to 4)."""
 
+import math
 from copy import deepcopy
 
 import torch
@@ -50,11 +51,12 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" (He et al.
-        # 2015) shrinks it far less, and the plateau before the sudden convergence is shorter.
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" keeps it (He et
+        # al. 2015; their factor √2 is ReLU's, SiLU passes small values at half their size and wants 2), and the plateau
+        # before the sudden convergence is shorter.
         if init == "he":
             for layer in layers[::2]:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
                 nn.init.zeros_(layer.bias)
         elif init != "default":
             raise ValueError(f"hint_init is 'default' or 'he', not {init!r}")

@@ -82,7 +82,7 @@ TABLE = {
     ],
     "rates": [  # 15 min: half and double of the preset's
         Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
-        Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
+        Runs("lr-4e-3", range(3), 100, "--learning-rate 4e-3"),
     ],
     "batch": [  # 40 min; 64 and 128 go on to their jumps
         Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),

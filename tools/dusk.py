@@ -24,7 +24,7 @@ from tools.pretrain import SEED, Fit, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
-PLAN, SCENES = Fit(1500, 16, 5e-4), 2000
+PLAN, SCENES = Fit(1500, 16, 5e-4, constant=0), 2000
 DUSK = 0.6  # of the brightness is lost where it is darkest
 HINTS, SHOWN = 32, 8  # held-out hints that are scored, and the first of them, which are shown
 
