@@ -40,7 +40,7 @@ from tools.listen import listen, loudest, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
-EQUAL = 100  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
+EQUAL = 120  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
 LONG = 400  # steps of lite, which jumps late
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
@@ -56,8 +56,8 @@ SETTINGS = [FEW, *(FEW | changed for changed in (
 ))]  # fmt: skip
 BOTH = [(4.0, 1.0, 1.0), (4.0, 1.5, 1.0), (4.0, 2.0, 1.0), (6.0, 1.0, 1.0), (6.0, 1.5, 1.0), (6.0, 2.0, 1.0)]
 BOTH += [(6.0, 1.0, 0.7), (6.0, 1.5, 0.7), (6.0, 2.0, 0.7), (9.0, 1.0, 1.0)]  # guidance, strengths of ring and palette
-LOSS_STEPS = (30, 100, 180)  # whose loss is measured over t
-JUMP_STEPS = (30, 40, 50, 60, 100, 180)  # in docs/jump.png
+LOSS_STEPS = (30, 120, 240)  # whose loss is measured over t
+JUMP_STEPS = (30, 50, 60, 80, 120, 240)  # in docs/jump.png
 
 
 class Runs(NamedTuple):
