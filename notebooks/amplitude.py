@@ -1,14 +1,14 @@
 """How large the hint's features begin, and when the jump comes: `python notebooks/amplitude.py`, for notebook 3.
 
-The trainings are train.py's, of the miniature's preset, but for the hint encoder's initial weights: normal numbers of
-the standard deviation gain / √fan_in. The preset's gain is 2 (`HintEncoder`); √2 is He's for ReLU; PyTorch's own
-initialisation, the released one, has 1/√3. amplitude-GAIN-SEED.jsonl in docs/logs has for each step what train.py
-logs, and after it the size of the factors on the hint's way to the output:
+The trainings are train.py's, with the miniature's preset and a constant learning rate, but for the hint encoder's
+initial weights: normal numbers of the standard deviation gain / √fan_in. The preset's gain is 2 (`HintEncoder`); √2 is He's for
+ReLU; PyTorch's own initialisation, the released one, has 1/√3. amplitude-GAIN-SEED.jsonl in docs/logs has train.py's
+measurements, every five steps, and after each step the size of the factors on the hint's way to the output:
 
     features: of what enters u, the hint encoder's zero convolution: root mean square of what varies over the picture
     u, v: root mean square of the weights of u, and of the 13 output zero convolutions (their median)
 
-A training that has all its steps is not run again. All take about an hour of one core of an Intel Xeon with AVX-512.
+A training that is complete in runs/ is not run again. All take about an hour of one core of an Intel Xeon with AVX-512.
 """
 
 import math
@@ -39,6 +39,10 @@ def log_of(gain: float, seed: int) -> Path:
     return LOGS / f"amplitude-{gain:.2f}-{seed}.jsonl"
 
 
+def folder_of(gain: float, seed: int) -> Path:
+    return ROOT / "runs" / log_of(gain, seed).stem
+
+
 @torch.no_grad()
 def scale(controlnet: ControlNet, gain: float) -> None:
     """Give the hint encoder's layers before u this gain instead of 2."""
@@ -64,7 +68,7 @@ def rms(x: Tensor) -> float:
 
 def measured_training(gain: float, seed: int, steps: int) -> list[dict]:
     """The log of one training; shorter than `steps` if it was stopped."""
-    folder, encoded = ROOT / "runs" / f"amplitude-{gain:.2f}-{seed}", ROOT / "runs" / f"seed-{seed}" / "cache"
+    folder, encoded = folder_of(gain, seed), ROOT / "runs" / f"seed-{seed}" / "cache"
     if encoded.exists() and not folder.exists():  # the same pairs
         shutil.copytree(encoded, folder / "cache")
     sys.argv = ["train.py", "--output-dir", str(folder), "--max-train-steps", str(steps), "--seed", str(seed),
@@ -84,7 +88,7 @@ def measured_training(gain: float, seed: int, steps: int) -> list[dict]:
 def main() -> None:
     for seed in SEEDS:
         for gain, steps in STEPS.items():
-            if len(read_log(log_of(gain, seed))) <= steps:
+            if len(read_log(folder_of(gain, seed) / "log.jsonl")) < steps:
                 entries = measured_training(gain, seed, steps)
                 if len(entries) <= steps:
                     sys.exit("stopped: delete its folder in runs/ and run it again, and this training starts over")

@@ -41,7 +41,7 @@ EQUAL = 120  # steps of batch 32 after which batches (by equal samples) and netw
 LONG = 400  # steps of lite, which jumps late
 SIZES = (8, 16, 32, 64)  # of batches; 32 is the default, of `seeds`
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
-PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
+PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt; its "insufficient" does not name what the hint shows
     "none": lambda prompt: "",
     "insufficient": lambda prompt: "circle",
     "conflicting": lambda prompt: prompt.replace(" circle ", " square "),
@@ -67,7 +67,7 @@ class Runs(NamedTuple):
 ALWAYS = "--validation-hints 32 --validation-steps 0 --snapshot-steps 0 --cooldown 0"
 DEFAULT = f"--cooldown {TINY.cooldown} --validation-steps 20 --snapshot-steps 10"
 assert TINY.max_train_steps * (1 - TINY.cooldown) >= EQUAL  # else `seeds` are no match for the others at EQUAL
-EVERY_STEP = "--snapshot-steps 1 --checkpointing-steps 1 --checkpoints-total-limit 10"
+EVERY_STEP = "--snapshot-steps 10 --checkpointing-steps 1 --checkpoints-total-limit 10"  # and step 0 as a snapshot
 TABLE = {
     "seeds": [  # a third of the time is the previews'; docs/jump.webp takes them from seed 0
         Runs("seed", [0], TINY.max_train_steps, f"{DEFAULT} --validation-steps 10"),
@@ -191,7 +191,7 @@ def score_first() -> list[dict]:
             for step in range(11):
                 controlnet = controlnet_at(f"first-{arm}", seed, step)
                 row = {"run": arm, "seed": seed, "step": step}
-                row["distance"] = distance(controlnet) if step else 0.0  # step 0, a copy, is kept in half alone
+                row["distance"] = distance(controlnet)
                 row |= inputs.response(Denoiser(base().unet, controlnet))
                 rows.append((score(f"first-{arm}", seed, step) if step in (0, 1, 10) else {}) | row)
         samples = [Image.open(picture(f"first-{arm}", 0, step)) for step in (0, 1, 10)]
@@ -213,14 +213,14 @@ def distance(controlnet: ControlNet) -> float:
 
 
 def score_batch() -> list[dict]:
-    """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
+    """Every ten steps from before the jump was forecast until 60 % of hints are followed; and after equal samples."""
     rows = []
     for size in SIZES:
         for seed in range(3):
             run = "seed" if size == TINY.train_batch_size else f"batch-{size}"
             log = read_log(RUNS / f"{run}-{seed}" / "log.jsonl")
             made, _ = forecast(log) or (len(log), None)
-            for step in range(max(made // 10 * 10 - 20, 10), len(log) + 1, 10):  # as forecasts look 20 steps back
+            for step in range(max(made // 10 * 10 - 20, 10), len(log) + 1, 10):
                 rows.append(score(run, seed, step) | {"batch": size})
                 if np.mean(np.array(rows[-1]["iou"]) >= FOLLOWED) >= 0.6:
                     break
@@ -299,7 +299,7 @@ def main() -> None:
         for runs in TABLE[group]:
             for seed in runs.seeds:
                 train(runs, seed)
-        if group in asked and group in SCORES:
+        if group in asked:
             write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
         if group in asked and group == "seeds":
             pictures_of_the_jump()

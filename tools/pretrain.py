@@ -1,7 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
 `python -m tools.pretrain` runs all stages (merges, vae, text, unet, polish, measure) and writes models/tiny; with a
-stage's name it runs that one. A stage that was stopped goes on where it was.
+stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to make another base.
 """
 
 import json
