@@ -1,9 +1,9 @@
 """How large the hint's features begin, and when the jump comes: `python notebooks/amplitude.py`, for notebook 3.
 
 The trainings are train.py's, with the miniature's preset and a constant learning rate, but for the hint encoder's
-initial weights: normal numbers of the standard deviation gain / √fan_in. The preset's gain is 2 (`HintEncoder`); √2 is He's for
-ReLU; PyTorch's own initialisation, the released one, has 1/√3. amplitude-GAIN-SEED.jsonl in docs/logs has train.py's
-measurements, every five steps, and after each step the size of the factors on the hint's way to the output:
+initial weights: normal numbers of the standard deviation gain / √fan_in. The preset's gain is 2 (`HintEncoder`); √2 is
+He's for ReLU; PyTorch's own initialisation, the released one, has 1/√3. amplitude-GAIN-SEED.jsonl in docs/logs has
+train.py's measurements, every five steps, and after each step the size of the factors on the hint's way to the output:
 
     features: of what enters u, the hint encoder's zero convolution: root mean square of what varies over the picture
     u, v: root mean square of the weights of u, and of the 13 output zero convolutions (their median)
