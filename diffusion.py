@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, noising, classifier-free guidance, DDIM sampling."""
+"""The diffusion process: noise schedule, noising, classifier-free guidance, DDIM sampling. Pure functions."""
 
 from collections.abc import Callable
 
