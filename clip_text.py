@@ -94,7 +94,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of any length, without start and end."""
-        text = html.unescape(html.unescape(repair(text)))  # twice, as released: &amp;lt; becomes <
+        text = html.unescape(html.unescape(repair(text)))  # twice, as OpenAI's CLIP does: &amp;lt; becomes <
         text = " ".join(text.split()).lower()
         return [i for word in split_words(text) for i in self.merge(word)]
 

@@ -1,5 +1,6 @@
 """ControlNet: a trainable copy of the UNet's encoder between zero convolutions (Fig. 2, 3b; equations 1 to 4)."""
 
+import math
 from copy import deepcopy
 
 import torch
@@ -39,8 +40,9 @@ class HintEncoder(nn.Sequential):
     Hint [B, 3, H, W] in [0, 1] -> features [B, model_channels, H/8, W/8].
 
     Paper and released code differ. This is the released one: eight 3x3 convolutions with SiLU, strides 2 at the
-    third, fifth and seventh, the last a 3x3 zero convolution. The paper describes four 4x4 convolutions of stride 2
-    with ReLU, 16, 32, 64 and 128 channels and Gaussian weights, which would end at 1/16 of the side.
+    third, fifth and seventh, the last a zero convolution of 3x3 instead of 1x1. The paper describes four 4x4
+    convolutions of stride 2 with ReLU, 16, 32, 64 and 128 channels and Gaussian weights, which would end at 1/16 of
+    the side.
     """
 
     def __init__(self, out_channels: int, hint_channels: tuple[int, ...] = HINT_CHANNELS, init: str = "default"):
@@ -50,11 +52,12 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" (He et al.
-        # 2015) shrinks it far less, and the plateau before the sudden convergence is shorter.
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" keeps it (He
+        # et al. 2015; their factor √2 is ReLU's, SiLU passes small values at half their size and wants 2), and the
+        # plateau before the sudden convergence is shorter.
         if init == "he":
             for layer in layers[::2]:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
                 nn.init.zeros_(layer.bias)
         elif init != "default":
             raise ValueError(f"hint_init is 'default' or 'he', not {init!r}")
@@ -127,7 +130,8 @@ class Denoiser(nn.Module):
     """ε_θ(z_t, t, c_t, c_f) of equation (5): a UNet and its ControlNet as the one model that is trained.
 
     The UNet is locked here (Θ in equation 2) and stored in `precision`, which autocast computes in. The ControlNet
-    keeps requires_grad as from_unet set it. `trained` holds the modules that learn, by name, in float32.
+    keeps requires_grad as from_unet set it, but for `only_mid_control`. `trained` holds the modules that learn, by
+    name, in float32.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, noising, classifier-free guidance, DDIM sampling. Pure functions."""
+"""The diffusion process: noise schedule, noising, classifier-free guidance, DDIM sampling."""
 
 from collections.abc import Callable
 

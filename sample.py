@@ -102,7 +102,7 @@ def parse_arguments():
     add_options(parser, several=True)  # --detect, --canny-low, --canny-high
     add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
     add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")
-    add("--negative-prompt", default="", help="what to stay away from")
+    add("--negative-prompt", default="", help="what to stay away from, if the guidance scale is not 1")
     add("--num-samples", type=options.positive_int, default=1)
     add("--steps", type=ddim_steps, dest="sampling_steps", help="DDIM steps (default: 20)")
     add("--guidance-scale", type=finite, help="β of classifier-free guidance (default: tiny 4, sd15 9)")

@@ -4,10 +4,7 @@ TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one 
 and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
 docs/logs/scores-GROUP.jsonl, pictures to docs. Delete runs/ when the base or the defaults have changed.
 
-All of it takes about three and a half hours of one core, each group about what TABLE says; two trainings ran side by
-side, one on each core (`OMP_NUM_THREADS=1 taskset -c 0`; 2026-11-27). Another processor rounds otherwise, and so gives
-another training from the same seed: `batch`, `verdict`, `pairs`, lite and the released initialisation's seeds 1 and 2
-are from an Intel Xeon, the others from an AMD EPYC, both with AVX-512.
+HOURS
 """
 
 import shutil
@@ -40,24 +37,20 @@ from tools.listen import listen, loudest, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
-EQUAL = 100  # steps of batch 32 after which batches (by equal samples), networks and numbers of pairs are compared
+EQUAL = 120  # steps of batch 32 after which batches (by equal samples) and networks are compared
 LONG = 400  # steps of lite, which jumps late
+SIZES = (8, 16, 32, 64)  # of batches; 32 is the default, of `seeds`
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
-PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt
+PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt; its "insufficient" does not name what the hint shows
     "none": lambda prompt: "",
     "insufficient": lambda prompt: "circle",
     "conflicting": lambda prompt: prompt.replace(" circle ", " square "),
     "perfect": lambda prompt: prompt,
 }
-FEW = {"steps": 10, "guidance_scale": 3.0, "seed": 0}  # seed: of the noise
-SETTINGS = [FEW, *(FEW | changed for changed in (
-    {"seed": 1000}, {"seed": 2000}, {"guidance_scale": 4.0}, {"steps": 20}, {"steps": 20, "guidance_scale": 4.0},
-    {"strengths": [1.5]},
-))]  # fmt: skip
 BOTH = [(4.0, 1.0, 1.0), (4.0, 1.5, 1.0), (4.0, 2.0, 1.0), (6.0, 1.0, 1.0), (6.0, 1.5, 1.0), (6.0, 2.0, 1.0)]
 BOTH += [(6.0, 1.0, 0.7), (6.0, 1.5, 0.7), (6.0, 2.0, 0.7), (9.0, 1.0, 1.0)]  # guidance, strengths of ring and palette
-LOSS_STEPS = (30, 100, 180)  # whose loss is measured over t
-JUMP_STEPS = (30, 40, 50, 60, 100, 180)  # in docs/jump.png
+LOSS_STEPS = (30, 120, 240)  # whose loss is measured over t
+JUMP_STEPS = (30, 50, 60, 80, 120, 240)  # in docs/jump.png
 
 
 class Runs(NamedTuple):
@@ -70,44 +63,28 @@ class Runs(NamedTuple):
 
 
 # All hold out the same 32 hints, so that runs of one seed have the same latents, encoded once. The learning rate is
-# constant, but for the last steps of `seeds`: those are the default command.
+# constant, but for the last steps of `seeds`, the default command, which the comparisons do not reach.
 ALWAYS = "--validation-hints 32 --validation-steps 0 --snapshot-steps 0 --cooldown 0"
-DEFAULT = f"--cooldown {TINY.cooldown} --validation-steps 20 --snapshot-steps 10"
+DEFAULT = f"--cooldown {TINY.cooldown} --validation-steps 10 --snapshot-steps 10"
 assert TINY.max_train_steps * (1 - TINY.cooldown) >= EQUAL  # else `seeds` are no match for the others at EQUAL
-EVERY_STEP = "--snapshot-steps 1 --checkpointing-steps 1 --checkpoints-total-limit 10"
+EVERY_STEP = "--snapshot-steps 10 --checkpointing-steps 1 --checkpoints-total-limit 10"  # and step 0 as a snapshot
 TABLE = {
-    "seeds": [  # 40 min, half of it for the previews; docs/jump.webp takes them from seed 0
-        Runs("seed", [0], TINY.max_train_steps, f"{DEFAULT} --validation-steps 10"),
-        Runs("seed", range(1, 5), TINY.max_train_steps, DEFAULT),
-    ],
-    "rates": [  # 15 min: half and double of the preset's
-        Runs("lr-1e-3", range(3), 140, "--learning-rate 1e-3"),
-        Runs("lr-4e-3", range(3), 80, "--learning-rate 4e-3"),
-    ],
-    "batch": [  # 40 min; 64 and 128 go on to their jumps
-        Runs("batch-4", range(3), 800, "--train-batch-size 4 --snapshot-steps 10"),
-        Runs("batch-8", range(3), 400, "--train-batch-size 8 --snapshot-steps 10"),
-        Runs("batch-16", range(3), 200, "--train-batch-size 16 --snapshot-steps 10"),
-        Runs("batch-32", range(3), EQUAL, "--snapshot-steps 10"),
+    "seeds": [Runs("seed", range(5), TINY.max_train_steps, DEFAULT)],  # half of the time is the previews'
+    "verdict": [],  # no training of its own
+    "batch": [  # as many samples as EQUAL steps of the default; 64 goes on to its jump
+        Runs("batch-8", range(3), EQUAL * 4, "--train-batch-size 8 --snapshot-steps 10"),
+        Runs("batch-16", range(3), EQUAL * 2, "--train-batch-size 16 --snapshot-steps 10"),
         Runs("batch-64", range(3), 80, "--train-batch-size 64 --snapshot-steps 10"),
-        Runs("batch-128", range(3), 50, "--train-batch-size 128 --snapshot-steps 5"),
     ],
-    "verdict": [],  # no training: those with batches of 32; 4 min
-    "ablation": [  # 40 min; a step of lite takes seven tenths of the time
-        Runs("gaussian", range(5), EQUAL, "--connection gaussian"),
-        Runs("lite", range(5), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
+    "ablation": [
+        Runs("gaussian", range(3), EQUAL, "--connection gaussian"),
+        Runs("lite", range(3), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
     ],
-    "first": [  # 2 min: the first ten steps
+    "first": [  # the first ten steps
         Runs("first-zero", range(3), 10, EVERY_STEP),
         Runs("first-gaussian", range(3), 10, f"{EVERY_STEP} --connection gaussian"),
     ],
-    "pairs": [  # 10 min; with the 1,000 of `seeds`
-        Runs("pairs-20", range(3), EQUAL, "--data runs/drawn-20-{seed}"),
-        Runs("pairs-200", range(3), EQUAL, "--data runs/drawn-200-{seed}"),
-    ],
-    "settings": [],  # no training: other settings and other noise for the results of two of `seeds`; 2 min
-    "palette": [],  # no training: the two that ship; 7 min
-    "released": [Runs("released", range(3), 600, "--hint-init default")],  # 40 min
+    "palette": [],  # no training: the two that ship
 }
 
 
@@ -117,26 +94,15 @@ TABLE = {
 def train(runs: Runs, seed: int) -> None:
     """Train the run of this seed as far as it is not yet there, and copy its log."""
     folder, encoded = RUNS / f"{runs.name}-{seed}", RUNS / f"seed-{seed}" / "cache"
-    options = runs.options.format(seed=seed)
-    if "--data" in options:
-        draw(ROOT / options.split()[1])
-    elif encoded.exists() and not folder.exists():
+    if encoded.exists() and not folder.exists():
         shutil.copytree(encoded, folder / "cache")
     if len(read_log(folder / "log.jsonl")) < runs.steps:
         place = f"--output-dir runs/{folder.name} --seed {seed} --max-train-steps {runs.steps}"
-        command = f"train.py {place} {ALWAYS} {options}".split()
+        command = f"train.py {place} {ALWAYS} {runs.options}".split()
         if (folder / "config.json").exists():
             command += ["--resume-from-checkpoint", "latest"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     shutil.copy(folder / "log.jsonl", LOGS / f"{folder.name}.jsonl")
-
-
-def draw(folder: Path) -> None:
-    """Draw the pairs of `folder`, drawn-COUNT-SEED: the first of those that the run seed-SEED is trained on."""
-    _, count, seed = folder.name.split("-")
-    if not (folder / "prompt.json").exists():
-        command = f"-m tools.draw_pairs --count {count} --seed {seed} --size 128 --output runs/{folder.name}".split()
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
 # Scores
@@ -202,7 +168,7 @@ def score_ablation() -> list[dict]:
     """Under each kind of prompt; the first hint's samples with seed 0 go to docs/ablation-ARM.png."""
     runs = ("seed", "gaussian", "lite")
     scored = [(run, EQUAL) for run in runs] + [("lite", LONG)]
-    rows = [score(run, seed, step, prompt) for run, step in scored for seed in range(5) for prompt in PROMPTS]
+    rows = [score(run, seed, step, prompt) for run, step in scored for seed in range(3) for prompt in PROMPTS]
     for run, step in scored:
         samples = [Image.open(picture(run, 0, step, prompt)) for prompt in PROMPTS]
         arm = f"{'zero' if run == 'seed' else run}{f'-{step}' * (step > EQUAL)}"
@@ -222,7 +188,7 @@ def score_first() -> list[dict]:
             for step in range(11):
                 controlnet = controlnet_at(f"first-{arm}", seed, step)
                 row = {"run": arm, "seed": seed, "step": step}
-                row["distance"] = distance(controlnet) if step else 0.0  # step 0, a copy, is kept in half alone
+                row["distance"] = distance(controlnet)
                 row |= inputs.response(Denoiser(base().unet, controlnet))
                 rows.append((score(f"first-{arm}", seed, step) if step in (0, 1, 10) else {}) | row)
         samples = [Image.open(picture(f"first-{arm}", 0, step)) for step in (0, 1, 10)]
@@ -244,13 +210,14 @@ def distance(controlnet: ControlNet) -> float:
 
 
 def score_batch() -> list[dict]:
-    """Every ten steps from where the jump is forecast, until 60 % of hints are followed; and after equal samples."""
-    rows, sizes = [], {runs.name: int(runs.name.split("-")[1]) for runs in TABLE["batch"]}
-    for run, size in sizes.items():
+    """Every ten steps from before the jump was forecast until 60 % of hints are followed; and after equal samples."""
+    rows = []
+    for size in SIZES:
         for seed in range(3):
+            run = "seed" if size == TINY.train_batch_size else f"batch-{size}"
             log = read_log(RUNS / f"{run}-{seed}" / "log.jsonl")
             made, _ = forecast(log) or (len(log), None)
-            for step in range(max(made // 10 * 10 - 20, 10), len(log) + 1, 10):  # as forecasts look 20 steps back
+            for step in range(max(made // 10 * 10 - 20, 10), len(log) + 1, 10):
                 rows.append(score(run, seed, step) | {"batch": size})
                 if np.mean(np.array(rows[-1]["iou"]) >= FOLLOWED) >= 0.6:
                     break
@@ -263,30 +230,9 @@ def score_verdict() -> list[dict]:
     noised, rows = noise_pairs(base(), held_out()[0]), []
     for seed in range(3):
         for step in range(40, EQUAL + 1, 10):
-            adds, error, band = loudest(listen(base(), controlnet_at("batch-32", seed, step), noised))
+            adds, error, band = loudest(listen(base(), controlnet_at("seed", seed, step), noised))
             heard = {"adds": round(adds, 3), "error": round(error, 3), "band": band}
-            rows.append(score("batch-32", seed, step) | heard)
-    return rows
-
-
-def score_pairs() -> list[dict]:
-    return [
-        score(run, seed, EQUAL) | {"pairs": count}
-        for run, count in (("pairs-20", 20), ("pairs-200", 200), ("seed", 1000))
-        for seed in range(3)
-    ]
-
-
-def score_settings() -> list[dict]:
-    """The IoU of each of 32 held-out hints, by settings of the sampler and the noise that it starts from."""
-    pairs, rows = DrawnImages(32, 128, DRAWN_HELD_OUT), []
-    hints = torch.stack([pairs.hint(i) for i in range(32)])
-    for seed in range(2):
-        controlnet = controlnet_at("seed", seed, TINY.max_train_steps)
-        for settings in SETTINGS:
-            images = generate(base(), [controlnet], [hints], pairs.prompts, control_mode="conditional", **settings)
-            ious = [round(iou, 3) for iou in circle_iou(images, hints).tolist()]
-            rows.append({"run": "seed", "of_seed": seed} | settings | {"ious": ious})
+            rows.append(score("seed", seed, step) | heard)
     return rows
 
 
@@ -320,8 +266,6 @@ SCORES = {
     "ablation": score_ablation,
     "first": score_first,
     "verdict": score_verdict,
-    "pairs": score_pairs,
-    "settings": score_settings,
     "palette": score_palette,
 }
 
@@ -352,7 +296,7 @@ def main() -> None:
         for runs in TABLE[group]:
             for seed in runs.seeds:
                 train(runs, seed)
-        if group in asked and group in SCORES:
+        if group in asked:
             write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
         if group in asked and group == "seeds":
             pictures_of_the_jump()

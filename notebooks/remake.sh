@@ -8,9 +8,9 @@ set -e
 cd "$(dirname "$0")/.."
 
 python train.py
-cp runs/controlnet/previews/step-180.png docs/miniature.png
+cp runs/controlnet/previews/step-240.png docs/miniature.png
 python notebooks/experiments.py
-python notebooks/mechanism.py
+python notebooks/amplitude.py
 python notebooks/fill50k.py
 python notebooks/drawing.py
 python -m tools.dusk

@@ -152,15 +152,16 @@ def test_ablations():
 
 
 def test_he_init_keeps_the_hint_alive():
-    """The released init shrinks the hint's variation on its way; He's does not."""
+    """The released initialisation shrinks the hint's variation on its way to less than a hundredth; "he" does not."""
     hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    spread = {}
+    kept = {}
     for init in ("default", "he"):
         torch.manual_seed(0)
         encoder = HintEncoder(32, TINY.hint_channels, init)
         before_zero_conv = nn.Sequential(*list(encoder)[:-1])
-        spread[init] = before_zero_conv(hint).std(dim=(2, 3)).mean().item()
-    assert spread["he"] > 10 * spread["default"]
+        kept[init] = (before_zero_conv(hint).std(dim=(2, 3)).mean() / hint.std()).item()
+    assert kept["default"] < 0.01
+    assert 1 < kept["he"] < 10  # SiLU passes more than half of values that are not small
 
 
 def test_zero_conv():

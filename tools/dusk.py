@@ -20,11 +20,11 @@ from support.files import save_json
 from support.loading import locate_controlnet
 from support.options import ArgumentParser
 from support.pictures import contact_sheet, save_picture
-from tools.pretrain import SEED, Fit, encode_scenes, learn_to_paint, pack
+from tools.pretrain import Fit, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
-PLAN, SCENES = Fit(1500, 16, 5e-4), 2000
+PLAN, SCENES = Fit(1500, 16, 5e-4, constant=0), 2000
 DUSK = 0.6  # of the brightness is lost where it is darkest
 HINTS, SHOWN = 32, 8  # held-out hints that are scored, and the first of them, which are shown
 
@@ -63,8 +63,7 @@ def daylight(images: Tensor, captions: list[str]) -> Tensor:
 
 
 def train(folder: Path) -> None:
-    """Write the second base to `folder`, unless it is there."""
-    torch.manual_seed(SEED)
+    """Write the second base to `folder`, where a training that was stopped goes on: empty it for another first base."""
     sd = StableDiffusion.load("tiny")
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, SCENES, at_dusk)
     learn_to_paint("dusk", PLAN, folder, sd, moments, captions)

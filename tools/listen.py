@@ -136,14 +136,15 @@ def loudest(heard: Heard) -> tuple[float, float, str]:
     """The largest share that another hint adds to a band's loss, its standard error, and the band.
 
     The largest: under little noise the picture needs no hint, and under much of it none can help. Bands whose gap is
-    not surely above 0 do not count.
+    not surely above 0 do not count; if none is, it is the share of all bands together.
     """
-    found = (0.0, 0.0, "any")
+    found = (0.0, 0.0, "")
     for i in range(BANDS):
         (gap, error), loss = mean_and_error(heard.gap[:, i]), heard.loss["own"][:, i].mean().item()
         if gap > max(SURE * error, found[0] * loss):
             found = gap / loss, error / loss, band_name(i)
-    return found
+    (gap, error), loss = mean_and_error(heard.gap.mean(dim=1)), heard.loss["own"].mean().item()
+    return found if found[2] else (gap / loss, error / loss, "0 to 999")
 
 
 def band_name(i: int) -> str:
@@ -210,9 +211,9 @@ def plot(figures: dict[int, Heard], path: Path) -> None:
 def parse_arguments():
     parser = options.ArgumentParser(prog="convergence.py", description="Measure whether a ControlNet hears its hint.")
     add = parser.add_argument
-    add("--base", default="tiny", help="as for sample.py (default: tiny)")
+    add("--base", help="as for sample.py (default: the one that it was trained on, if it is from train.py; else tiny)")
     add("--controlnet", required=True, help="as for sample.py, or a training's folder, with snapshots or checkpoints")
-    add("--data", help="as for train.py; of a folder, its last pairs (default: tiny drawn, sd15 fill50k)")
+    add("--data", help="as for train.py; of a folder, its last pairs (default: what it was trained on, or the base's)")
     add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
     options.add_placing(parser)  # --precision, --resolution, --device
     add("--seed", type=options.seed, default=0, help="of noise and times")
@@ -233,7 +234,10 @@ def main() -> None:
         training = own_metadata(metadata, "config")
     if not paths:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
-    sd = StableDiffusion.load(args.base)
+    for name in ("base", "data", "resolution"):
+        if getattr(args, name) is None:
+            setattr(args, name, training.get(name))
+    sd = StableDiffusion.load(args.base or "tiny")
     args = options.with_defaults(args, sd.preset)
     if args.data in (*DRAWN_PAIRS, "fill50k"):
         _, pairs = open_pairs(args.data, args.resolution, 0, args.pairs)

@@ -1,7 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, text, unet, measure) and writes models/tiny; with a stage's
-name it runs that one. A stage that was stopped goes on where it was.
+`python -m tools.pretrain` runs all stages (merges, vae, text, unet, polish, measure) and writes models/tiny; with a
+stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to make another base.
 """
 
 import json
@@ -45,16 +45,20 @@ class Fit(NamedTuple):
     steps: int
     batch: int
     learning_rate: float  # at its peak
+    constant: float = 0.5  # share of the steps after which the learning rate falls to 0
+    seed: int = SEED  # of the first step
 
 
 FITS = {
     "vae": Fit(4000, 16, 1e-3),
     "text": Fit(600, 128, 1e-3),
     "unet": Fit(7000, 32, 1e-3),
+    "polish-1": Fit(2300, 64, 5e-4, constant=0, seed=100_000),
+    "polish-2": Fit(3000, 64, 5e-4, constant=0, seed=200_000),
 }
 CHECKPOINT_EVERY = 200
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-LATENTS = 12_000  # scenes that the UNet is trained on
+LATENTS = 20_000  # scenes that the UNet is trained on
 
 
 def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tensor, list[str]]:
@@ -131,9 +135,9 @@ def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage)
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
-            rate = min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps) + 0.01)  # constant, then down to 0
+            rate = min(1.0, (step + 1) / 50) * min(1.0, (1 - step / steps) / (1 - plan.constant))
             optimizer.param_groups[0]["lr"] = rate * plan.learning_rate
-            loss, values = loss_fn(step, torch.Generator().manual_seed(SEED + step))
+            loss, values = loss_fn(step, torch.Generator().manual_seed(plan.seed + step))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -299,17 +303,21 @@ def train_text(folder: Path) -> None:
 def encode_scenes(
     path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] | None = None
 ) -> tuple[Tensor, list[str]]:
-    """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
+    """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file.
+
+    Raises UserError if the file has another number of scenes.
+    """
     if not path.exists():
         moments, captions = [], []
         for first in tqdm(range(0, count, 32), desc="encode"):
             images, texts = draw_batch(TRAIN, range(first, min(first + 32, count)), TINY.resolution)
             images = change(images, texts) if change else images
-            with torch.autocast("cpu", torch.bfloat16):
-                moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)).float())
+            moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)))
             captions += texts
         save_tensors({"moments": torch.cat(moments)}, path, {"captions": json.dumps(captions)})
     tensors, metadata = read_tensors(path)
+    if len(tensors["moments"]) != count:
+        raise UserError(f"{path} has {len(tensors['moments'])} scenes, not {count}: delete it")
     return tensors["moments"], json.loads(metadata["captions"])
 
 
@@ -322,23 +330,36 @@ def train_unet(folder: Path) -> None:
     noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
     sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
     print(f"latent scale {sd.latent_scale}")
-    learn_to_paint("unet", FITS["unet"], folder, sd, moments, captions)
+    learn_to_paint("unet", FITS["unet"], folder, sd, moments, captions, from_nothing=True)
     pack(sd, TINY_FILE, folder)
 
 
+def polish(folder: Path) -> None:
+    """Train the UNet on, for rounder circles and straighter edges: twice from the full learning rate down to 0."""
+    sd = StableDiffusion.load("tiny")
+    moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
+    for stage in ("polish-1", "polish-2"):
+        learn_to_paint(stage, FITS[stage], folder, sd, moments, captions)
+    pack(sd, TINY_FILE, TINY_FILE.parent)
+
+
 def learn_to_paint(
-    stage: str, plan: Fit, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str]
-) -> None:
-    """Train the UNet of `sd` and its text encoder: Stable Diffusion locks CLIP, but this one was trained for a minute.
+    stage: str, plan: Fit, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str],
+    from_nothing: bool = False,
+) -> None:  # fmt: skip
+    """Train the UNet of `sd`; from nothing, its text encoder too.
+
+    Stable Diffusion locks CLIP, but this text encoder was trained for a minute.
 
     Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
-    picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so in the second
-    half, for the shapes.
+    picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so once the colours
+    are right, for the shapes.
     """
-    sd.to(memory_format=torch.channels_last).vae.requires_grad_(False)
+    sd.to(memory_format=torch.channels_last).requires_grad_(False)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
-    learning = nn.ModuleDict({"unet": sd.unet, "text": sd.text_encoder})
+    learning = nn.ModuleDict({"unet": sd.unet} | ({"text": sd.text_encoder} if from_nothing else {}))
+    learning.requires_grad_(True)
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
@@ -347,23 +368,28 @@ def learn_to_paint(
         prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
         noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
         z0 = sd.latent_scale * sample_latent(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
-        t = torch.randint(schedule.steps, (len(z0),), generator=generator)
+        # One t from each of as many equal parts: a batch's loss depends on its times more than on anything else.
+        t = ((torch.arange(len(z0)) + torch.rand(len(z0), generator=generator)) * schedule.steps / len(z0)).long()
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
         errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
-        most = 25 if step < plan.steps // 2 else 8
-        return (weights[t].clamp(1, most) * errors).mean(), {"eps": errors.detach().mean()}
+        limits = (0.3, 4) if not from_nothing else (1, 25) if step < plan.steps // 2 else (1, 8)
+        return (weights[t].clamp(*limits) * errors).mean(), {"eps": errors.detach().mean()}
 
     @torch.no_grad()
     def show(average, step):
         trained = StableDiffusion(sd.tokenizer, TINY.text, TINY.vae, TINY.unet, sd.latent_scale)
-        trained.vae, trained.text_encoder, trained.unet = sd.vae, average["text"], average["unet"]
+        trained.vae, trained.text_encoder, trained.unet = sd.vae, sd.text_encoder, average["unet"]
+        if from_nothing:
+            trained.text_encoder = average["text"]
         size = (TINY.resolution, TINY.resolution)
         images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
         save_grid(folder / f"{stage}.png", images[:8], images[8:])
 
     average = fit(stage, plan, folder, learning, loss_fn, show)
-    sd.unet, sd.text_encoder = average["unet"], average["text"]
+    sd.unet = average["unet"]
+    if from_nothing:
+        sd.text_encoder = average["text"]
 
 
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
@@ -397,7 +423,8 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     stages = {
-        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "measure": measure
+        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "polish": polish,
+        "measure": measure,
     }  # fmt: skip
     parser = ArgumentParser(
         prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
