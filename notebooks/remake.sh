@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make the committed logs, pictures and notebooks again, after the base or the defaults have changed:
 #     sh notebooks/remake.sh
-# It takes about six hours of one core. What is complete in runs/ is not trained again: delete runs/ first. The base is
+# It takes about five hours of one core. What is complete in runs/ is not trained again: delete runs/ first. The base is
 # made by `python -m tools.pretrain`, the ControlNets in models/ as their READMEs say; the logs forecast-0 to -9 are of
 # older settings and stay.
 set -e
