@@ -1,4 +1,4 @@
-"""The trainings that notebooks 3 and 5 read, by groups: `python notebooks/experiments.py`, or with some groups' names.
+"""The trainings that notebooks 3 to 5 read, by groups: `python notebooks/experiments.py`, or with some groups' names.
 
 TABLE has them. A run is one `python train.py …`, kept in runs/NAME-SEED; one that is complete is not trained again,
 and one that was stopped goes on. Its log goes to docs/logs/NAME-SEED.jsonl, what its samples score to
@@ -37,7 +37,7 @@ from tools.listen import listen, loudest, noise_pairs
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
-EQUAL = 120  # steps after which networks are compared; batches, after as many samples
+EQUAL = 120  # steps after which the networks are compared
 LONG = 400  # steps of lite, which jumps late
 HINTS = 16  # held-out hints that are scored: the first of the 32 that each run holds out
 PROMPTS = {  # Fig. 8's four kinds, from a held-out pair's prompt; its "insufficient" does not name what the hint shows
@@ -65,17 +65,19 @@ class Runs(NamedTuple):
 # constant, but for the last steps of `seeds`, the default command, which the comparisons do not reach.
 ALWAYS = "--validation-hints 32 --validation-steps 0 --snapshot-steps 0 --cooldown 0"
 DEFAULT = f"--cooldown {TINY.cooldown} --validation-steps 10 --snapshot-steps 10"
-assert TINY.max_train_steps * (1 - TINY.cooldown) >= EQUAL  # else `seeds` are no match for the others at EQUAL
+assert TINY.max_train_steps * (1 - TINY.cooldown) >= EQUAL  # else `seeds` are no match for the others
 EVERY_STEP = "--snapshot-steps 10 --checkpointing-steps 1 --checkpoints-total-limit 10"  # and step 0 as a snapshot
+SEEDS = Runs("seed", range(5), TINY.max_train_steps, DEFAULT)  # two thirds of the time are the previews'
 TABLE = {
-    "seeds": [Runs("seed", range(5), TINY.max_train_steps, DEFAULT)],  # half of the time is the previews'
-    "verdict": [],  # no training of its own
-    "batch": [  # beside `seeds`, of 32, after as many samples as EQUAL steps of theirs; 64 goes on to its jump
-        Runs("batch-8", range(3), EQUAL * 4, "--train-batch-size 8"),
-        Runs("batch-16", range(3), EQUAL * 2, "--train-batch-size 16"),
+    "seeds": [SEEDS],
+    "verdict": [SEEDS._replace(seeds=range(3))],
+    "batch": [  # beside `seeds`, of 32: enough steps for each jump
+        Runs("batch-8", range(3), 480, "--train-batch-size 8"),
+        Runs("batch-16", range(3), 240, "--train-batch-size 16"),
         Runs("batch-64", range(3), 80, "--train-batch-size 64"),
     ],
     "ablation": [
+        SEEDS._replace(seeds=range(3)),
         Runs("gaussian", range(3), EQUAL, "--connection gaussian"),
         Runs("lite", range(3), LONG, f"--copy lite --snapshot-steps {EQUAL}"),
     ],
@@ -274,13 +276,13 @@ def main() -> None:
     if unknown := set(sys.argv[1:]) - set(TABLE):
         sys.exit(f"no group {', '.join(sorted(unknown))}; there are {', '.join(TABLE)}")
     asked = sys.argv[1:] or list(TABLE)
-    for group in dict.fromkeys(["seeds", *asked]):  # whose latents and results the others use
+    for group in asked:
         for runs in TABLE[group]:
             for seed in runs.seeds:
                 train(runs, seed)
-        if group in SCORES and group in asked:
+        if group in SCORES:
             write_log(LOGS / f"scores-{group}.jsonl", SCORES[group]())
-        if group in asked and group == "seeds":
+        if group == "seeds":
             pictures_of_the_jump()
 
 
