@@ -29,7 +29,7 @@ from support.log import read_log, write_log
 from support.run import Run
 from train import parse_arguments, prepare, train
 
-STEPS = {1.0: 240, math.sqrt(2): 200, 2.0: 120, 2 * math.sqrt(2): 120}  # of each gain: enough for the jump, but of one seed with 1 and √2
+STEPS = {1.0: 240, math.sqrt(2): 200, 2.0: 120, 2 * math.sqrt(2): 120}  # of each gain: enough for most jumps
 SEEDS = range(3)
 LOGS = ROOT / "docs" / "logs"
 FIELDS = ("step", "hint_sensitivity", "hint_gap", "heldout_loss")  # of train.py's log, which has them every five steps
