@@ -56,7 +56,7 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_run(tmp_path)}
     assert [step for step in log if "hint_sensitivity" in log[step]] == [5, 10, 15, 20]
-    assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
+    assert all(log[step]["hint_sensitivity"] > 0 for step in (5, 10, 15, 20))  # how it moves is notebook 3's
     assert log[10].keys() == {"step", "loss", "gradient_norm", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
     assert 0 < log[20]["heldout_loss"] < 0.2
     scores = {"iou", "ious", "followed", "colour_error"}
