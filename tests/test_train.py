@@ -50,13 +50,14 @@ def test_the_learning_rate_falls_at_the_end(tmp_path, monkeypatch):
 def test_what_is_measured(tmp_path, monkeypatch, capsys):
     """Sensitivity and gap every 5 steps, IoU and colour error of more hints than a preview shows, two sentences."""
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
+    options += ["--hint-init", "default"]  # whose sensitivity begins small, and grows
     monkeypatch.setitem(data.DRAWN_PAIRS, "drawn", 8)
     monkeypatch.setattr("support.news.growth_step", lambda history: 10 if len(history) >= 10 else None)
     monkeypatch.setattr("support.news.jump_step", lambda history: 20 if len(history) >= 20 else None)
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_run(tmp_path)}
     assert [step for step in log if "hint_sensitivity" in log[step]] == [5, 10, 15, 20]
-    assert all(log[step]["hint_sensitivity"] > 0 for step in (5, 10, 15, 20))  # how it moves is notebook 3's
+    assert log[20]["hint_sensitivity"] > log[10]["hint_sensitivity"] > 0
     assert log[10].keys() == {"step", "loss", "gradient_norm", "lr", "hint_sensitivity", "hint_gap", "heldout_loss"}
     assert 0 < log[20]["heldout_loss"] < 0.2
     scores = {"iou", "ious", "followed", "colour_error"}
