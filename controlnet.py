@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ablations
-from unet import UNet, UNetConfig, encoder_channels, run_block
+from unet import Block, UNet, UNetConfig, encoder_channels
 
 HINT_CHANNELS = (16, 32, 96, 256)
 GUESS_DECAY = 0.825  # guess mode's factor from one residual to the next, as released; no reason for it that we know of
@@ -70,7 +70,6 @@ class ControlNet(nn.Module):
     def __init__(self, config: UNetConfig, time_embed, encoder, middle, hint_encoder):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
         self.time_embed = time_embed  # nn.Identity in a ControlNet-lite, which sees neither time nor prompt
         self.encoder, self.middle, self.hint_encoder = encoder, middle, hint_encoder
         widths = encoder_channels(config)
@@ -114,16 +113,15 @@ class ControlNet(nn.Module):
 
     def residuals(self, x: Tensor, condition: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
         """`forward` from the hint encoder's output on, which stays the same from one sampling step to the next."""
-        time, residuals, h = self.time_embed(t), [], x
-        for i, (block, zero) in enumerate(zip(self.encoder, self.zero_convs, strict=True)):
-            h = run_block(block, self.checkpointing, h, time, context)  # F(·; Θ_c), block by block
-            if i == 0:
-                # x + Z(c; Θ_z1). The latent has 4 channels, the condition model_channels: as released, they are added
-                # where their widths agree, after the first block; in the paper's figure before it.
-                h = h + condition
-            residuals.append(zero(h))  # Z(·; Θ_z2)
-        h = run_block(self.middle, self.checkpointing, h, time, context)
-        return [*residuals, self.middle_zero_conv(h)]
+        time = self.time_embed(t)
+        first, *others = self.encoder
+        # x + Z(c; Θ_z1). The latent has 4 channels, the condition model_channels: as released, they are added where
+        # their widths agree, after the first block; in the paper's figure before it.
+        features = [first(x, time, context) + condition]
+        for block in (*others, self.middle):  # F(·; Θ_c), block by block
+            features.append(block(features[-1], time, context))
+        zero_convs = (*self.zero_convs, self.middle_zero_conv)
+        return [zero(h) for zero, h in zip(zero_convs, features, strict=True)]  # Z(·; Θ_z2)
 
 
 class Denoiser(nn.Module):
@@ -152,7 +150,9 @@ class Denoiser(nn.Module):
         for name, part in unet.named_children():
             if name not in self.trained:
                 part.to(precision)
-        controlnet.checkpointing = unet.checkpointing = checkpointing
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = checkpointing
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for module in self.trained.values() for p in module.parameters() if p.requires_grad]

@@ -5,6 +5,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,64 +33,60 @@ def generate(
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
     `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is (H, W).
-    Image i starts from the noise of seed + i, whatever stands beside it in the batch. The residuals of several
-    ControlNets are added (Fig. 6), each times its strength and control_weights(control_mode). In the mode "uniform"
-    both sides of guidance see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4) and
-    in the released guess mode, and no ControlNet runs for the other. None runs before the share `control_start` of the
-    steps, nor after `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as
-    predicted at each step. Raises ValueError if a hint's batch is not the prompts'.
+    Image i starts from the noise of seed + i, whatever stands beside it. The residuals of several ControlNets are added
+    (Fig. 6), each times its strength and control_weights(control_mode). In the mode "uniform" both sides of guidance
+    see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4) and in the released guess
+    mode, and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
+    `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as predicted at each step.
+    Raises ValueError if a hint's batch is not the prompts'.
     """
     if any(len(hint) != len(prompts) for hint in hints):
         raise ValueError(f"{len(prompts)} prompts, but {[len(hint) for hint in hints]} hints: one for each image")
-    device, strengths = sd.device, strengths or [1.0] * len(controlnets)
     height, width = hints[0].shape[2:] if hints else size
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
     latent_shape = (sd.unet.config.in_channels, height // 8, width // 8)
-    z_T = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(device)
-
-    guided = guidance_scale != 1.0  # at 1 the unconditional side cancels out
-    sides = [sd.encode_prompts(prompts)]  # of guidance: the unconditional one, if it is needed, comes first
-    if guided:
-        sides.insert(0, sd.encode_prompts([negative_prompt]).expand_as(sides[0]))
-    with sd.autocast():
-        conditions = [
-            torch.cat([net.hint_encoder(part.to(device)) for part in hint.split(AT_ONCE)])
-            for net, hint in zip(controlnets, hints, strict=True)
-        ]
-    seeing = len(sides) if control_mode == "uniform" else 1  # sides of guidance that see the hint
-    steps_done, bar = count(), tqdm(total=steps, desc="sampling", disable=not progress)
-
-    def control(z: Tensor, t: Tensor, context: Tensor, images: slice) -> list[Tensor]:
-        """The weighted residuals of all ControlNets for some of the images, 0 for a side that does not see the hint."""
-        lists = []
-        for controlnet, condition, strength in zip(controlnets, conditions, strengths, strict=True):
-            condition = condition[images].repeat(seeing, 1, 1, 1)
-            rows = slice(-len(condition), None)  # the conditional side comes last
-            residuals = controlnet.residuals(z[rows], condition, t[rows], context[rows])
-            weights = control_weights(control_mode, strength)
-            lists.append([w * residual for w, residual in zip(weights, residuals, strict=True)])
-        return [torch.cat([r.new_zeros(len(z) - len(r), *r.shape[1:]), r]) for r in add_residuals(*lists)]
-
-    def eps_fn(z: Tensor, t: Tensor) -> Tensor:
-        step = next(steps_done)
-        controlled = controlnets and step / steps >= control_start and (step + 1) / steps <= control_end
-        predicted = []
-        for images in (slice(first, first + AT_ONCE) for first in range(0, len(z), AT_ONCE)):
-            context = torch.cat([side[images] for side in sides])  # both sides of guidance in one batch
-            inputs = z[images].repeat(len(sides), 1, 1, 1), t[images].repeat(len(sides)), context
-            with sd.autocast():
-                eps = sd.unet(*inputs, control(*inputs, images) if controlled else None).float()
-            predicted.append(guided_noise(*eps.chunk(2), guidance_scale) if guided else eps)
-        bar.update()
-        return torch.cat(predicted)
+    sides = 1 if guidance_scale == 1.0 else 2  # of guidance: at 1 the unconditional one cancels out
+    weights = [control_weights(control_mode, strength) for strength in strengths or [1.0] * len(controlnets)]
 
     def decode(z: Tensor) -> Tensor:
         return torch.cat([sd.decode_latents(latent) for latent in z.split(1)])  # one by one: this needs the most memory
 
-    show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
-    z0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show)
-    bar.close()
-    return decode(z0)
+    def sample_batch(prompts: list[str], hints: list[Tensor], seed: int) -> Tensor:
+        generators = [
+            torch.Generator().manual_seed(seed + i) for i in range(len(prompts))
+        ]  # on the CPU: alike everywhere
+        z_T = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(sd.device)
+        context = sd.encode_prompts(prompts)
+        if sides == 2:  # in one batch, the unconditional side first
+            context = torch.cat([sd.encode_prompts([negative_prompt]).expand_as(context), context])
+        with sd.autocast():
+            conditions = [net.hint_encoder(hint.to(sd.device)) for net, hint in zip(controlnets, hints, strict=True)]
+        step = count()
+
+        def control(z: Tensor, t: Tensor) -> list[Tensor]:
+            """The weighted residuals of all ControlNets: 0 for the unconditional side, unless the mode is "uniform"."""
+            seeing = len(z) if control_mode == "uniform" else len(prompts)  # the last rows
+            lists = []
+            for net, condition, factors in zip(controlnets, conditions, weights, strict=True):
+                condition = condition.repeat(seeing // len(prompts), 1, 1, 1)
+                residuals = net.residuals(z[-seeing:], condition, t[-seeing:], context[-seeing:])
+                lists.append([factor * residual for factor, residual in zip(factors, residuals, strict=True)])
+            return [F.pad(residual, (0, 0, 0, 0, 0, 0, len(z) - seeing, 0)) for residual in add_residuals(*lists)]
+
+        def eps_fn(z: Tensor, t: Tensor) -> Tensor:
+            z, t, done = z.repeat(sides, 1, 1, 1), t.repeat(sides), next(step)
+            controlled = controlnets and done / steps >= control_start and (done + 1) / steps <= control_end
+            with sd.autocast():
+                eps = sd.unet(z, t, context, control(z, t) if controlled else None).float()
+            bar.update()
+            return guided_noise(*eps.chunk(2), guidance_scale) if sides == 2 else eps
+
+        show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
+        return decode(ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show))
+
+    firsts = range(0, len(prompts), AT_ONCE)
+    with tqdm(total=steps * len(firsts), desc="sampling", disable=not progress) as bar:
+        batches = [(slice(first, first + AT_ONCE), seed + first) for first in firsts]
+        return torch.cat([sample_batch(prompts[part], [hint[part] for hint in hints], s) for part, s in batches])
 
 
 def parse_arguments():

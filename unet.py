@@ -140,10 +140,16 @@ class Block(nn.Module):
 
     def __init__(self, **layers: nn.Module):
         super().__init__()
+        self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
         for name, layer in layers.items():
             self.add_module(name, layer)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.apply_layers, x, time, context, use_reentrant=False)
+        return self.apply_layers(x, time, context)
+
+    def apply_layers(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         for layer in self.children():
             if isinstance(layer, ResBlock):
                 x = layer(x, time)
@@ -152,13 +158,6 @@ class Block(nn.Module):
             else:
                 x = layer(x)
         return x
-
-
-def run_block(block: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
-    """block(*inputs); with checkpointing the backward pass recomputes its activations instead of storing them."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
 
 
 def encoder_channels(config: UNetConfig) -> list[int]:
@@ -189,7 +188,6 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: recompute activations in the backward pass; less memory, more time
         width, heads, groups = config.model_channels, config.num_heads, config.norm_groups
         res = partial(ResBlock, time_channels=4 * width, norm_groups=groups)
         vit = partial(SpatialTransformer, num_heads=heads, context_dim=config.context_dim, norm_groups=groups)
@@ -231,9 +229,9 @@ class UNet(nn.Module):
         time = self.time_embed(t)
         h, skips = x, []
         for block in self.encoder:
-            h = run_block(block, self.checkpointing, h, time, context)
+            h = block(h, time, context)
             skips.append(h)
-        h = run_block(self.middle, self.checkpointing, h, time, context)
+        h = self.middle(h, time, context)
 
         if control is not None:  # equation (2): y_c = y + Z(...); the locked UNet may be in lower precision
             *skip_residuals, middle_residual = control
@@ -242,7 +240,7 @@ class UNet(nn.Module):
 
         # Last in, first out: the decoder retraces the encoder's resolutions, so its block i fits encoder block 11 - i.
         for block in self.decoder:
-            h = run_block(block, self.checkpointing, torch.cat([h, skips.pop()], dim=1), time, context)
+            h = block(torch.cat([h, skips.pop()], dim=1), time, context)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -6,7 +6,7 @@ from standin import golden, small_unet
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from controlnet import ControlNet, HintEncoder, add_residuals, control_weights, zero_conv
+from controlnet import ControlNet, Denoiser, HintEncoder, add_residuals, control_weights, zero_conv
 from stable_diffusion import SD15, TINY
 from support.block_table import block_table
 from unet import ResBlock, SpatialTransformer, UNet, encoder_channels
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_changes_nothing():
     x, hint, t, context = random_inputs(TINY.unet)
     gradients = []
     for checkpointing in (False, True):
-        unet.checkpointing = controlnet.checkpointing = checkpointing
+        Denoiser(unet, controlnet, checkpointing=checkpointing)
         controlnet.zero_grad()
         unet(x, t, context, controlnet(x, hint, t, context)).square().mean().backward()
         gradients.append([p.grad.clone() for p in controlnet.parameters()])
