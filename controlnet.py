@@ -10,7 +10,7 @@ import ablations
 from unet import Block, UNet, UNetConfig, encoder_channels
 
 HINT_CHANNELS = (16, 32, 96, 256)
-GUESS_DECAY = 0.825  # guess mode's factor from residual to residual, as released; 10^(-1/12), rounded, lets 13 span 0.1 to 1
+GUESS_DECAY = 0.825  # as released; 10^(-1/12), rounded, would let the 13 factors run from 0.1 to 1, as in diffusers
 CONTROL_MODES = {  # factors of the 13 residuals; in all but "uniform" only guidance's conditional side sees the hint
     "uniform": [1.0] * 13,
     "conditional": [1.0] * 13,
