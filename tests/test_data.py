@@ -1,21 +1,21 @@
+import csv
+import io
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE
+from standin import SAMPLE
 
 from data import DRAWN_HELD_OUT, DRAWN_PAIRS, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
 from support.errors import UserError
 from support.hub import fetch_folder
-from support.listing import write_folder
 from support.pictures import fit_image
 
 
@@ -26,7 +26,7 @@ def test_colours():
 
 
 def test_drawing_is_reproducible_and_like_the_real_set():
-    for index in range(40):
+    for index in range(12):
         hint, target, prompt = draw_fill50k(index, 512, seed=3)
         again = draw_fill50k(index, 512, seed=3)
         assert (hint.tobytes(), target.tobytes(), prompt) == (again[0].tobytes(), again[1].tobytes(), again[2])
@@ -72,9 +72,10 @@ def test_drawn_pairs():
     assert torch.equal(pairs.image(3), fit_image(target, 64) * 2 - 1)
 
 
-def test_palettes_show_the_two_colours_of_the_same_pictures():
+def test_palettes_show_the_two_colours_of_the_same_pictures(monkeypatch):
+    monkeypatch.setitem(DRAWN_PAIRS, "drawn-palette", 5)
     rings, palettes = DrawnImages(5, 64, seed=1), open_pairs("drawn-palette", 64, seed=1, held_out=1)[0]
-    assert palettes.prompts[:5] == rings.prompts
+    assert palettes.prompts == rings.prompts
     for i in range(5):
         assert torch.equal(palettes.image(i), rings.image(i))
         hint, colours = palettes.hint(i), prompt_colours(palettes.prompts[i])
@@ -103,33 +104,143 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):
     assert "none is held out" in capsys.readouterr().out
 
 
-def test_hugging_face_layout(tmp_path):
-    """metadata.jsonl, with either name of the hint's column; the same pairs as from prompt.json."""
-    shutil.copytree(SAMPLE, tmp_path / "hf")
-    (tmp_path / "hf" / "prompt.json").unlink()
-    entries = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
-    for hint_key, target_key in (("conditioning_image", "file_name"), ("conditioning_image_file_name", "image")):
-        lines = [{target_key: e["target"], hint_key: e["source"], "text": e["prompt"]} for e in entries]
-        (tmp_path / "hf" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ours, theirs = PairedImages(tmp_path / "hf", 64), PairedImages(SAMPLE, 64)
-        assert ours.prompts == theirs.prompts
-        assert all(torch.equal(ours.hint(i), theirs.hint(i)) for i in range(4))
-        assert all(torch.equal(ours.image(i), theirs.image(i)) for i in range(4))
-        assert ours.name(2) == f"{tmp_path / 'hf' / 'metadata.jsonl'} line 3"
+ENTRIES = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
+HF = ("file_name", "conditioning_image", "text")
 
 
-def test_pairs_of_odd_files(tmp_path):
-    """A byte order mark, Windows line ends, blank lines; pictures of other sizes, turned by EXIF, but of one shape."""
+def rename(*names, wrap=lambda prompt: prompt):
+    """The sample's entries under other names of target, hint and prompt."""
+    return [dict(zip(names, (e["target"], e["source"], wrap(e["prompt"])), strict=True)) for e in ENTRIES]
+
+
+def as_lines(entries, end="\n", encoding="utf-8"):
+    return "".join(json.dumps(entry) + end for entry in entries).encode(encoding)
+
+
+def as_table(entries):
+    file = io.StringIO(newline="")
+    csv.DictWriter(file, entries[0]).writerows([dict(zip(entries[0], entries[0])), *entries])
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize(
+    "name, content, third",
+    [
+        ("metadata.jsonl", as_lines(rename(*HF)), "line 3"),
+        ("metadata.jsonl", as_lines(rename("image", "conditioning_image_file_name", "text")), "line 3"),
+        ("metadata.jsonl", as_lines(rename("image_file_name", "conditioning_image_file_name", "caption")), "line 3"),
+        ("metadata.jsonl", as_lines(rename(*HF, wrap=lambda prompt: [prompt, "a disc"])), "line 3"),
+        ("metadata.csv", as_table(rename(*HF)), "line 4"),
+        ("prompt.json", json.dumps(ENTRIES).encode(), "entry 3"),
+        ("prompt.json", json.dumps({"data": ENTRIES}, indent=2).encode(), "entry 3"),
+        ("prompt.json", as_lines(ENTRIES, "\r\n", "utf-16"), "line 3"),
+        ("prompt.json", as_lines(ENTRIES, "\r"), "line 3"),
+        ("prompt.json", as_lines(ENTRIES, "\r\n\r\n", "utf-8-sig"), "line 5"),
+    ],
+)
+def test_layouts_of_listings(name, content, third, tmp_path):
+    """All are read as the same pairs."""
+    shutil.copytree(SAMPLE, tmp_path / "data")
+    (tmp_path / "data" / "prompt.json").unlink()
+    (tmp_path / "data" / name).write_bytes(content)
+    ours, expected = PairedImages(tmp_path / "data", 64), PairedImages(SAMPLE, 64)
+    assert ours.prompts == expected.prompts
+    assert all(torch.equal(ours.hint(i), expected.hint(i)) for i in range(4))
+    assert all(torch.equal(ours.image(i), expected.image(i)) for i in range(4))
+    assert ours.name(2) == f"{tmp_path / 'data' / name} {third}"
+
+
+def test_pairs_by_name(tmp_path):
+    """Without a listing: equal names, whatever their endings, and the prompt beside the target."""
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "prompt.json").unlink()
+    for i, entry in enumerate(ENTRIES):
+        (tmp_path / f"target/{i}.txt").write_text(entry["prompt"] + "\n")
+    Image.open(tmp_path / "source/0.png").save(tmp_path / "source/0.bmp")
+    (tmp_path / "source/0.png").unlink()
+    ours, expected = PairedImages(tmp_path, 64), PairedImages(SAMPLE, 64)
+    assert ours.prompts == expected.prompts
+    assert all(torch.equal(ours.hint(i), expected.hint(i)) for i in range(4))
+    (tmp_path / "target/1.txt").unlink()
+    (tmp_path / "source/2.png").unlink()
+    with pytest.raises(UserError, match="2 of 4 entries") as refused:
+        PairedImages(tmp_path, 64)
+    assert "target/1.png: no caption: write it into 1.txt" in refused.value.args[1]
+    assert "target/2.png: no picture of that name in" in refused.value.args[2]
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("prompt.json", b"", "has no entries: add"),
+        ("prompt.json", b'{"source": "a.png", "target', "line 1: no JSON .* expected"),
+        ("prompt.json", b'{"source": "a.png", "prompt": ""}', 'line 1: no text under "target"; expected'),
+        ("prompt.json", b'{"source": "a.png", "target": "a.png", "prompt": null}', 'line 1: no text under "prompt"'),
+        ("prompt.json", b"[1, 2]", "2 of 2 entries are broken"),
+        ("prompt.json", b"[" * 100_000, "is no JSON .*: correct it"),
+        ("prompt.json", b'{"prompt": "\xd2\xbb"}'.replace(b"\xbb", b""), "damaged or no text .*save it again as UTF-8"),
+        (
+            "prompt.json",
+            b'{"source": "b.png", "target": "a.png", "prompt": ""}',
+            "b.png: no such file; correct the path",
+        ),
+        (
+            "prompt.json",
+            b'{"source": "../a.png", "target": "a.png", "prompt": ""}',
+            "'../a.png' lies outside the folder",
+        ),
+        ("prompt.json", b'{"source": "/a.png", "target": "a.png", "prompt": ""}', "'/a.png' lies outside the folder"),
+        ("prompt.json", b'{"source": "a\\u0000", "target": "a.png", "prompt": ""}', "no such file; correct the path"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": ""}', 'no text under "conditioning_image"; expected'),
+        ("metadata.csv", b"file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
+        ("metadata.csv", b'file_name,text\n"' + b"x" * 200_000, "damaged or no table"),
+        ("train/metadata.csv", b"", "data has no listing, but .*data/train has one: pass that folder"),
+        ("data/train.parquet", b"PAR1", "has parquet files: unpack them, .* python -c .*load_dataset.'.*/data'"),
+        ("a.txt", b"", "prompt.json: no such file; .*metadata.jsonl"),
+    ],
+)
+def test_broken_listings(name, content, told, tmp_path):
+    (tmp_path / "data" / name).parent.mkdir(parents=True)
+    (tmp_path / "data" / name).write_bytes(content)
+    for path in (tmp_path / "data" / "a.png", tmp_path / "a.png"):
+        Image.new("RGB", (64, 64)).save(path)
+    with pytest.raises(UserError, match=told):
+        PairedImages(tmp_path / "data", 64)
+
+
+def test_links(tmp_path):
+    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "all").mkdir()
+    for entry in ENTRIES:
+        for part in ("source", "target"):
+            link, blob = tmp_path / "files" / entry[part], tmp_path / entry[part].replace("/", "-")
+            shutil.copy(SAMPLE / entry[part], blob)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(blob)
+            if not (tmp_path / "all" / part).exists():
+                (tmp_path / "all" / part).symlink_to(SAMPLE / part)
+    (tmp_path / "itself").symlink_to(SAMPLE)
+    for folder in ("files", "all"):
+        (tmp_path / folder / "prompt.json").symlink_to(SAMPLE / "prompt.json")
+    for folder in ("files", "all", "itself"):
+        assert torch.equal(PairedImages(tmp_path / folder, 64).image(3), PairedImages(SAMPLE, 64).image(3))
+    (tmp_path / "files" / ENTRIES[1]["source"]).unlink()
+    (tmp_path / "files" / ENTRIES[1]["source"]).symlink_to(ENTRIES[1]["source"].split("/")[1])  # a loop
+    with pytest.raises(UserError, match="line 2: .*source/1.png: no such file"):
+        PairedImages(tmp_path / "files", 64)
+
+
+def test_pictures_of_other_sizes(tmp_path):
+    """Turned by EXIF, but of one shape."""
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     turned = Image.new("RGB", (64, 128))
     turned.paste((255, 255, 255), (0, 0, 64, 64))
     turned.save(tmp_path / "b.jpg", exif=exif)
-    line = json.dumps({"source": "a.png", "target": "b.jpg", "prompt": ""}).encode()
-    (tmp_path / "prompt.json").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
+    (tmp_path / "prompt.json").write_text('{"source": "a.png", "target": "b.jpg", "prompt": ""}')
     pairs = PairedImages(tmp_path, 64)
-    assert pairs.prompts == ["", ""]
     assert pairs.image(0)[:, :, 40:].mean() > 0.9  # the upper half is the right one now
     assert pairs.image(0)[:, :, :24].mean() < -0.9
 
@@ -150,16 +261,15 @@ def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
     assert len(asked) == 1  # it is there already
 
 
-@pytest.mark.parametrize("name", ["../escaped.txt", "/tmp/escaped.txt"])
-def test_zip_entries_stay_inside(name, tmp_path, monkeypatch):
+def test_zip_entries_stay_inside(tmp_path, monkeypatch):
     archive = tmp_path / "evil.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("prompt.json", "")
-        file.writestr(name, "boo")
+        for name in ("prompt.json", "../escaped.txt", "/tmp/escaped.txt"):
+            file.writestr(name, "")
     monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
-    with pytest.raises(UserError, match="outside the folder"):
-        fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.zip"]
+    fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.zip", "fill50k"]
+    assert not Path("/tmp/escaped.txt").exists()
 
 
 def test_damaged_zip(tmp_path, monkeypatch):
@@ -168,35 +278,3 @@ def test_damaged_zip(tmp_path, monkeypatch):
     monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
     with pytest.raises(UserError, match="damaged"):
         fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
-
-
-def test_command_line_writes_the_real_layout(tmp_path):
-    folder = tmp_path / "drawn"
-    command = [sys.executable, "-m", "tools.draw_pairs", "--count", "3", "--size", "64", "--output", folder]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    pairs, drawn = PairedImages(folder, 64), DrawnImages(3, 64)
-    for i in range(3):
-        assert pairs.prompts[i] == drawn.prompts[i]
-        assert torch.equal(pairs.hint(i), drawn.hint(i))
-        assert torch.equal(pairs.image(i), drawn.image(i))
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 2
-    assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-
-
-def test_a_folder_of_pairs_is_whole_or_not_there(tmp_path):
-    """What somebody else has in it stays; what was stopped halfway trains nobody."""
-    (tmp_path / "own" / "source").mkdir(parents=True)
-    (tmp_path / "own" / "source" / "0.png").write_text("mine")
-    with pytest.raises(UserError, match="can't write .*own .*not empty.*choose another --output"):
-        write_folder(tmp_path / "own", [draw_fill50k(0, 64)])
-    assert [path.name for path in (tmp_path / "own").rglob("*.*")] == ["0.png"]
-    assert (tmp_path / "own" / "source" / "0.png").read_text() == "mine"
-
-    def stopped():
-        yield draw_fill50k(0, 64)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "new", stopped())
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
