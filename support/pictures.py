@@ -58,7 +58,7 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 
 
 def read_strip(path: Path, count: int) -> Tensor:
-    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]. Raises UserError."""
+    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]."""
     with reading(path, f"row of {count} pictures", "delete it"), Image.open(path, formats=["PNG"]) as row:
         pixels = torch.from_numpy(np.array(row)) / 127.5 - 1
         return pixels.permute(2, 0, 1).unflatten(2, (count, -1)).permute(2, 0, 1, 3)

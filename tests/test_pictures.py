@@ -102,6 +102,16 @@ def test_transparent_is_background(tmp_path):
     assert pixels[:, :32].min() == 255 and pixels[:, 32:].max() == 0
 
 
+def test_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # by a quarter: what is above is on the right
+    image = Image.new("RGB", (64, 128))
+    image.paste((255, 255, 255), (0, 0, 64, 64))
+    image.save(tmp_path / "a.jpg", exif=exif)
+    pixels = np.asarray(open_image(tmp_path / "a.jpg"))
+    assert pixels.shape == (64, 128, 3) and pixels[:, 72:].min() > 250 and pixels[:, :56].max() < 5
+
+
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # Of a screen whose red is sRGB's blue, and the other way round.
 SWAPPED = SRGB.replace(b"rXYZ", b"tmp ").replace(b"bXYZ", b"rXYZ").replace(b"tmp ", b"bXYZ")

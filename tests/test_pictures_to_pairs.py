@@ -97,47 +97,27 @@ def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path,
     assert not (tmp_path / "pairs").exists()
 
 
-def test_broken_pictures_are_listed_and_the_others_made(pictures, tmp_path, monkeypatch):
+def test_going_on_after_an_interruption(pictures, tmp_path, monkeypatch):
+    """What was made is not made again; what could not be read is, and so is what has changed since."""
     write_texts(pictures)
-    whole = (pictures / "a.png").read_bytes()
+    whole, output = (pictures / "a.png").read_bytes(), tmp_path / "pairs"
     (pictures / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="pictures/a.png is damaged or no picture"):
-        make(monkeypatch, pictures, tmp_path / "pairs")
-    made = times(tmp_path / "pairs")
-    assert len(made) == 4 and not (tmp_path / "pairs" / "prompt.json").exists()
-    (pictures / "a.png").write_bytes(whole)
-    make(monkeypatch, pictures, tmp_path / "pairs")
-    assert len(PairedImages(tmp_path / "pairs", 64)) == 3
-    assert times(tmp_path / "pairs").items() >= made.items()  # those are not made again
-
-
-def test_going_on_after_an_interruption(pictures, tmp_path, monkeypatch):
-    write_texts(pictures)
-    save, saved = pictures_to_pairs.save_picture, []
-
-    def stopped(picture, path, *settings):
-        if len(saved) == 3:  # between the second pair's target and its hint
-            raise KeyboardInterrupt
-        saved.append(path)
-        save(picture, path, *settings)
-
-    monkeypatch.setattr(pictures_to_pairs, "save_picture", stopped)
-    output = tmp_path / "pairs"
-    with pytest.raises(KeyboardInterrupt):
         make(monkeypatch, pictures, output)
-    monkeypatch.setattr(pictures_to_pairs, "save_picture", save)
-    first = {path: time for path, time in times(output).items() if path.name == "a.png.png"}
-    assert len(first) == 2 and not (output / "prompt.json").exists()
+    made = times(output)
+    assert len(made) == 4 and not (output / "prompt.json").exists()
+    (output / "source" / "b.jpg.png").unlink()  # as if it had been stopped before this hint, the last of its pair
     (output / "target" / ".partial-killed").write_text("by a power cut")
+    (pictures / "a.png").write_bytes(whole)
     make(monkeypatch, pictures, output)
-    assert times(output).items() >= first.items() and not list(output.rglob(".partial-*"))
+    assert {path.name for path, time in made.items() if times(output)[path] != time} == {"b.jpg.png"}
+    assert len(PairedImages(output, 64)) == 3 and not list(output.rglob(".partial-*"))
 
-    made = times(output)  # later: one picture and another's caption have changed
+    made = times(output)
     Image.new("RGB", (64, 64), "red").save(pictures / "b.jpg")
     (pictures / "a.txt").write_text("a better caption")
     make(monkeypatch, pictures, output)
-    changed = {path.name for path, time in times(output).items() if made[path] != time}
-    assert changed == {"b.jpg.png"}
+    assert {path.name for path, time in times(output).items() if made[path] != time} == {"b.jpg.png"}
     assert PairedImages(output, 64).prompts[0] == "a better caption"
 
 
