@@ -3,13 +3,14 @@
 from copy import copy
 from pathlib import Path
 
+from support.errors import run_command_line
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from support.colours import COLOURS
-from support.errors import run_command_line
 from support.files import fingerprint
 from support.hub import fetch_folder
 from support.listing import open_pair, read_listing

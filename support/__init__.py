@@ -1,7 +1,8 @@
-"""Machinery under the core. It is imported before PyTorch, everywhere (see isort in pyproject.toml), for this:
+"""The machinery below the reading core: nothing here has to be opened to understand the paper.
 
-OpenMP's threads spin while they wait for each other. Beside other work on the machine a thread that they wait for may
-have no core, and a step then takes up to twenty times as long. GNU's OpenMP reads how long to spin when it is loaded.
+Commands import support.errors before anything that loads PyTorch, and with it OpenMP, which reads here how long its
+threads spin while they wait for each other. By default that is so long that a step beside one busy process, which
+keeps a thread from its core, takes up to twenty times as long as alone.
 """
 
 import os

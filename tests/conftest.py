@@ -1,6 +1,8 @@
 import shutil
 from pathlib import Path
 
+from support.errors import warn
+
 import pytest
 from standin import CONFIGS, NANO, make_up_merges, stand_in
 
@@ -20,6 +22,12 @@ FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "model_ema.diffusion_modelinput_blocks00weight": (8,),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
 }
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_new():
+    """What one test was warned of does not go unsaid in the next."""
+    warn.cache_clear()
 
 
 @pytest.fixture(scope="session")

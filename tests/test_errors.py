@@ -16,6 +16,8 @@ import stat
 import subprocess
 import sys
 
+from support.errors import UserError, reading, run_command_line, warn
+
 import huggingface_hub
 import numpy as np
 import pytest
@@ -29,7 +31,6 @@ from data import PairedImages
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import usable_cores
-from support.errors import UserError, reading, run_command_line, warn
 from support.files import read_json, read_tensors, save_json
 from support.hub import locate
 from support.pictures import fit_image, open_image
@@ -391,10 +392,11 @@ def test_waiting_threads_do_not_spin_for_long(monkeypatch):
             monkeypatch.setenv(name, value)
         importlib.reload(support)
         assert os.environ.get("GOMP_SPINCOUNT") == expected
-    commands = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if "__main__" in path.read_text()]
+    commands = [
+        path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if "run_command_line" in path.read_text()
+    ]
     assert ROOT / "train.py" in commands
     for path in commands:
-        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        modules = [getattr(node, "module", None) or node.names[0].name for node in imports]
-        first = next(module for module in modules if module.split(".")[0] not in sys.stdlib_module_names)
-        assert first.split(".")[0] == "support", path
+        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+        assert next(name for name in modules if name.split(".")[0] not in sys.stdlib_module_names) == "support.errors"
