@@ -21,7 +21,7 @@ from diffusion import NoiseSchedule
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.cache import CachedPairs
-from support.devices import PRECISIONS, place, usable_cores, warn_if_slow
+from support.devices import PRECISIONS, place, usable_cpus, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.news import news
 from support.randomness import NOISE, generator_for
@@ -56,7 +56,7 @@ def parse_arguments() -> Namespace:
     add("--validation-steps", type=count, decides=False, help=f"0: never {both('validation_steps')}")
     add("--snapshot-steps", type=count, decides=False, help=f"for draw.py; 0: none {both('snapshot_steps')}")
     add("--validation-hints", type=whole, default=8, help="held-out hints that are sampled and scored (default: 8)")
-    add("--num-workers", type=count, default=0 if usable_cores() <= 4 else 4, decides=False, help="that load pictures")
+    add("--num-workers", type=count, default=0 if usable_cpus() <= 4 else 4, decides=False, help="that load pictures")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")

@@ -13,8 +13,8 @@ from torch import nn
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def usable_cores() -> int:
-    """The processor's cores that this process may run on."""
+def usable_cpus() -> int:
+    """How many processors this process may use: in a container, or under taskset, not all that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from support.errors import UserError, reading, writing
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from support.files import WEIGHT_FILES
@@ -68,7 +69,10 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
     if (folder / contains).is_file():
         return folder
     archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))  # of several processes one unpacks it
+    with lock, tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+        if (folder / contains).is_file():
+            return folder
         with reading(archive, "zip file", remedy, damage=Exception), zipfile.ZipFile(archive) as file:
             for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
                 file.extract(name, temporary)  # inside it, whatever the name

@@ -44,16 +44,10 @@ def find_listing(root: Path, names: Iterable[str]) -> Path | None:
 
 def pair_by_name(root: Path) -> list[tuple]:
     """source/NAME, target/NAME, and the prompt in target/NAME.txt, as kohya's trainer has them; endings may differ."""
-    if below := find_listing(root / "train", LAYOUTS):
-        raise UserError(f"{root} has no listing, but {below.parent} has one: pass that folder")
-    if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
-        command = UNPACK.replace("FOLDER", str(root.resolve()))
-        raise UserError(f'{root} has parquet files: unpack them, into source/ and target/, with python -c "{command}"')
     hints, targets = ({path.stem: path for path in sorted((root / part).glob("*")) if is_picture(path)}
                       for part in ("source", "target"))  # fmt: skip
     if not targets:
-        raise UserError(f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a "
-                        "metadata.jsonl, or source/ and target/ with pictures of equal names")  # fmt: skip
+        raise UserError(why_nothing_is_listed(root))
 
     def read(name: str) -> tuple:
         if name not in hints:
@@ -62,6 +56,16 @@ def pair_by_name(root: Path) -> list[tuple]:
 
     found = collect(((target, name) for name, target in targets.items()), read, root)
     return [(str(place), *values) for place, values in found]
+
+
+def why_nothing_is_listed(root: Path) -> str:
+    if below := find_listing(root / "train", LAYOUTS):
+        return f"{root} has no listing, but {below.parent} has one: pass that folder"
+    if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
+        command = UNPACK.replace("FOLDER", str(root.resolve()))
+        return f'{root} has parquet files: unpack them with mkdir source target; python -c "{command}"'
+    return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
+            "source/ and target/ with pictures of equal names")  # fmt: skip
 
 
 def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:

@@ -107,14 +107,17 @@ def is_picture(path: Path) -> bool:
     return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
-def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
-    """A picture as RGB: decoded whole, turned as its EXIF says, its colours those of sRGB, black where transparent."""
+def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = None) -> Image.Image:
+    """A picture as RGB: decoded whole, turned as its EXIF says, its colours those of sRGB, black where transparent.
+
+    `data` is its content where `path` is but a name.
+    """
     picture = path, "picture", "save it again as PNG or JPEG, smaller if it is huge"
     with reading(*picture):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if data is None and not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise UserError(f"{path} is no regular file: pass a picture")
     with reading(*picture, damage=Exception):
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if max(width, height) > MOST_OBLONG * min(width, height):
         raise UserError(f"{path} is {width}x{height} pixels: crop it, to at most 16 to 1")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.detect import add_options, detector
-from support.files import PARTIAL, clear, fingerprint, read_json, save_json, write_atomically
+from support.files import PARTIAL, clear, read_json, save_json, sha256, write_atomically
 from support.listing import IMAGE_FOLDER, collect, find_listing, read_caption, read_entries
 from support.options import ArgumentParser, side
 from support.pictures import FORMATS, contact_sheet, fit_image, is_picture, open_image, save_picture, to_picture
@@ -86,7 +86,7 @@ def make_pairs() -> None:
         name = f"{picture.relative_to(folder).as_posix()}.png"  # with its ending: a.jpg and a.png are two pictures
         hint, target = output / "source" / name, output / "target" / name
         with reading(picture, "picture"):
-            content = {"picture": fingerprint(picture)}
+            content = {"picture": sha256(picture)}
         if not target.is_file() or made_from(hint) != content:
             pixels = fit_image(open_image(picture), args.resolution)
             save_picture(to_picture(pixels * 2 - 1), target)

@@ -233,7 +233,7 @@ def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
         open_pairs("fill50k", 64, seed=0, held_out=1)
         assert asked == [("lllyasviel/ControlNet", "training/fill50k.zip")]  # once: then it is there
     assert_like_sample("fill50k")
-    assert [path.name for path in Path().iterdir()] == ["fill50k"] and len(list(tmp_path.iterdir())) == 2
+    assert [path.name for path in Path().glob("[!.]*")] == ["fill50k"] and len(list(tmp_path.iterdir())) == 2
 
 
 def test_damaged_zip(tmp_path, monkeypatch):

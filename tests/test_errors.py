@@ -30,7 +30,7 @@ from controlnet import ControlNet
 from data import PairedImages
 from stable_diffusion import StableDiffusion
 from support import options
-from support.devices import usable_cores
+from support.devices import usable_cpus
 from support.files import read_json, read_tensors, save_json
 from support.hub import locate
 from support.pictures import fit_image, open_image
@@ -377,10 +377,10 @@ def test_a_file_system_that_flushes_no_folders(number, written, tmp_path, monkey
 
 
 def test_cores(monkeypatch):
-    assert usable_cores() == len(os.sched_getaffinity(0))
+    assert usable_cpus() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cores() == 1
+    assert usable_cpus() == 1
 
 
 def test_waiting_threads_do_not_spin_for_long(monkeypatch):
