@@ -188,7 +188,7 @@ GOOD = '"target": "a.png", "prompt": ""}'
         ("metadata.csv", "file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
         ("metadata.csv", 'file_name,text\n"' + "x" * 200_000, "damaged or no table"),
         ("train/metadata.csv", "", "data has no listing, but .*data/train has one: pass that folder"),
-        ("data/train.parquet", "PAR1", "has parquet files: unpack them, .* python -c .*load_dataset.'.*/data'"),
+        ("data/train.parquet", "PAR1", "has parquet files: unpack them .*python -c .*load_dataset.'.*/data'"),
         ("a.txt", "", "prompt.json: no such file; .*metadata.jsonl"),
     ],
 )
