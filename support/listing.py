@@ -119,9 +119,10 @@ def read_entry(entry: object, root: Path, names: tuple[tuple[str, ...], ...]) ->
 
 
 def read_text(path: Path) -> str:
+    """UTF-8, or UTF-16 as Windows' programs write it."""
     with reading(path, "text", "save it again as UTF-8"):
         content = path.read_bytes()
-        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows' programs may write it
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if utf_16 else "utf-8-sig")
 
 

@@ -313,20 +313,15 @@ def test_files_without_weights(name, content, told, tmp_path):
 
 
 def mutants(original: bytes, rng: random.Random, count: int):
-    """Copies cut short, with flipped bits, with bytes put in, and other things altogether."""
+    """Copies cut short, with a bit flipped, or with bytes put in."""
     for i in range(count):
-        content = bytearray(original)
-        if i % 4 == 0:
-            del content[rng.randrange(len(content)) :]
-        elif i % 4 == 1:
-            for _ in range(rng.randrange(1, 9)):
-                content[rng.randrange(min(len(content), 4000))] ^= 1 << rng.randrange(8)
-        elif i % 4 == 2:
-            at = rng.randrange(min(len(content), 4000))
-            content[at:at] = rng.randbytes(rng.randrange(1, 30))
+        content, at = bytearray(original), rng.randrange(min(len(original), 4000))
+        if i % 3 == 0:
+            del content[at:]
+        elif i % 3 == 1:
+            content[at] ^= 1 << rng.randrange(8)
         else:
-            value = rng.choice([None, [], {}, 1e400, {"a": [1] * 9}, "text", [[[]]], -1, {"source": 1}, {"": {}}])
-            content = bytearray(json.dumps(value).encode())
+            content[at:at] = rng.randbytes(rng.randrange(1, 30))
         yield bytes(content)
 
 
@@ -357,7 +352,7 @@ def test_mutated_files_end_in_one_line(place, nano, tmp_path):
                 read(tmp_path / name, unet)
             except UserError:
                 refused += 1
-        assert refused > 10, name  # 15 were cut short, 15 are something else altogether
+        assert refused > 10, name  # most of those that were cut short
         (tmp_path / name).write_bytes(original)
 
 
