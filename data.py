@@ -3,17 +3,19 @@
 from copy import copy
 from pathlib import Path
 
+from support.errors import run_command_line
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from support.colours import COLOURS
-from support.errors import run_command_line
 from support.files import fingerprint
 from support.hub import fetch_folder
 from support.listing import open_pair, read_listing
 from support.pictures import fit_image, open_image
+from support.pictures_to_pairs import make_pairs
 
 DRAWN_PAIRS = {"drawn": 1000, "drawn-palette": 8000}  # --data: the hint is a ring, or the two colours
 STRIPES = 16  # of a palette
@@ -51,9 +53,8 @@ def draw_scene(
 ) -> Scene:
     """One random scene of `size` x `size` pixels, in the ranges measured on 48 pictures of the real fill50k.
 
-    Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border; the hint is a pure 0/255 outline
-    about 1 % of the side wide, or else the palette; the target is the filled shape on a background of another CSS
-    colour.
+    Radius 1/8 to 1/2 of the side, centre 0.19 to 0.80, clipped by the border. The hint is the outline, or else the
+    palette; the target is the filled shape on a background of another CSS colour.
     """
     shape = shapes[rng.integers(len(shapes))]
     radius = rng.uniform(1 / 8, 1 / 2) * size
@@ -80,12 +81,12 @@ def draw_fill50k(index: int, size: int = 512, seed: int = 0, palette: bool = Fal
 class Pairs:
     """Pairs of hint and target by index, squares of `resolution` pixels, with their `prompts`.
 
-    A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;
-    and `content(index)`, a text that changes when they do and is the same on another machine.
+    A set has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair; and
+    `content(index)`, a text that changes when they do and is the same on another machine.
     """
 
     def hint(self, index: int) -> Tensor:
-        """[3, H, W] in [0, 1], 0 = background. Raises UserError when the picture can't be read, as image does."""
+        """[3, H, W] in [0, 1], 0 = background."""
         return fit_image(self.pictures(index)[0], self.resolution)
 
     def image(self, index: int) -> Tensor:
@@ -103,10 +104,7 @@ class Pairs:
 
 
 class PairedImages(Pairs):
-    """A folder of pairs in fill50k's layout (prompt.json) or Hugging Face's (metadata.jsonl); see support/listing.py.
-
-    Raises UserError that shows the listing's broken entries. Pictures are opened when they are asked for.
-    """
+    """A folder of pairs, in one of the layouts of support/listing.py; pictures are opened when they are asked for."""
 
     def __init__(self, root: str | Path, resolution: int):
         self.resolution = resolution
@@ -153,7 +151,7 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
     """The pairs to train on, and `held_out` others that are never trained on, but at most a tenth of a folder's.
 
     `source` is one of DRAWN_PAIRS, "fill50k" (fetched once: lllyasviel/ControlNet's training/fill50k.zip, 200 MB), or a
-    folder. A folder of fewer than ten pairs has none to spare; its first pairs then serve as both. Raises UserError.
+    folder. A folder of fewer than ten pairs has none to spare; its first pairs then serve as both.
     """
     if source in DRAWN_PAIRS:
         sets = ((DRAWN_PAIRS[source], seed), (held_out, DRAWN_HELD_OUT))
@@ -172,6 +170,4 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
 
 
 if __name__ == "__main__":
-    from tools.pictures_to_pairs import main  # makes a folder of pairs from your own pictures
-
-    run_command_line(main)
+    run_command_line(make_pairs)  # a folder of pairs from your own pictures

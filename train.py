@@ -5,7 +5,6 @@ fill50k with the batch and learning rate of the released code's tutorial, meant 
 """
 
 import json
-import os
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffusion import NoiseSchedule
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.cache import CachedPairs
-from support.devices import PRECISIONS, place, warn_if_slow
+from support.devices import PRECISIONS, place, usable_cpus, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.news import news
 from support.randomness import NOISE, generator_for
@@ -44,8 +43,8 @@ def parse_arguments() -> Namespace:
     add("--train-batch-size", type=whole, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=whole, default=1, help="batches for each step (default: 1)")
     add("--learning-rate", type=options.positive_float, help=both("learning_rate"))
-    add("--cooldown", type=options.share, help=f"share of the steps at the end, with a falling rate {both('cooldown')}")
-    add("--proportion-empty-prompts", type=options.share, default=0.5, help="prompts replaced by '' (default: 0.5)")
+    add("--cooldown", type=options.fraction, help=f"of the steps, the last: with a falling rate {both('cooldown')}")
+    add("--proportion-empty-prompts", type=options.fraction, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.seed, default=0)
     add("--mixed-precision", choices=("no", "auto", "bf16", "fp16"), help=f"auto: by device {both('mixed_precision')}")
@@ -57,7 +56,7 @@ def parse_arguments() -> Namespace:
     add("--validation-steps", type=count, decides=False, help=f"0: never {both('validation_steps')}")
     add("--snapshot-steps", type=count, decides=False, help=f"for draw.py; 0: none {both('snapshot_steps')}")
     add("--validation-hints", type=whole, default=8, help="held-out hints that are sampled and scored (default: 8)")
-    add("--num-workers", type=count, default=0 if os.cpu_count() <= 4 else 4, decides=False, help="that load pictures")
+    add("--num-workers", type=count, default=0 if usable_cpus() <= 4 else 4, decides=False, help="that load pictures")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")

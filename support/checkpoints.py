@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from support.errors import UserError, reading, writing
-from support.files import clear, read_json, read_tensors, save_json, save_tensors, sha256, whole_folder
+from support.files import clear, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"
 ASIDE = ".aside-"  # begins the name of folders with checkpoints later than the step that a run was resumed from
@@ -54,7 +54,7 @@ def save_checkpoint(
     """
     metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
     with writing(folder):
-        with whole_folder(folder / f"step-{step}") as temporary:
+        with replacing(folder / f"step-{step}") as temporary:
             save_tensors(state_tensors(trained, optimizer), temporary / STATE, metadata)
             save_json({"step": step, "sha256": sha256(temporary / STATE)} | config, temporary / CONFIG)
         found = steps_in(folder)

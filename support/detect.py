@@ -3,11 +3,12 @@
 from argparse import ArgumentParser
 from collections.abc import Callable
 
+from support.errors import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from support.errors import UserError
 from support.options import count_or_zero
 
 KINDS = ("none", "canny", "scribble")
@@ -29,7 +30,7 @@ def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable
     """What makes a hint, [3, H, W] of 0 and 1, from a picture [3, H, W] in [0, 1] that has its final size already.
 
     `kind` is "none" (the picture is a hint already and stays as it is), "canny" (with the thresholds of the authors'
-    demo, by default) or "scribble". Raises UserError when OpenCV is missing, or the low threshold above the high one.
+    demo, by default) or "scribble".
     """
     if kind == "none":
         return lambda picture: picture
@@ -52,10 +53,9 @@ def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable
 def scribble(pixels: np.ndarray) -> np.ndarray:
     """Strokes along the main edges of a picture uint8 [H, W, 3]: bool [H, W].
 
-    The picture is blurred, so that fine texture goes; Canny thins the edges that are left to lines of one pixel; lines
-    shorter than SHORTEST_STROKE go; the others are widened to strokes of 11 pixels. The authors' fake scribbles end in
-    the same way, with the same blur and threshold, and so have strokes of that width. But their lines come from HED, a
-    network that has learned which edges people draw. These come from contrast alone: they are not theirs.
+    A blur removes fine texture; Canny finds edges one pixel wide; those shorter than SHORTEST_STROKE go; the others are
+    widened to 11 pixels. The authors' fake scribbles end the same way, but their lines come from HED, a network that
+    has learned which edges people draw. These come from contrast alone: they are not theirs.
     """
     import cv2
 

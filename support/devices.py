@@ -5,17 +5,23 @@ import ctypes
 import os
 import sys
 
+from support.errors import UserError, warn
+
 import torch
 from torch import nn
 
-from support.errors import UserError
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def usable_cpus() -> int:
+    """How many processors this process may use: in a container, or under taskset, not all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str | None, tune: bool = True) -> torch.device:
-    """The device called `name`, by default a GPU if there is one. Raises UserError when there is no such device.
+    """The device called `name`, by default a GPU if there is one; under torchrun the process's own.
 
-    Under torchrun that is the process's own. A CPU is tuned for repeatable sums and for memory that is used again,
-    unless `tune` is False.
+    A CPU is tuned for repeatable sums and for memory that is used again, unless `tune` is False.
     """
     try:
         launched = "LOCAL_RANK" in os.environ and (name or "cuda").startswith("cuda")
@@ -34,6 +40,19 @@ def choose_device(name: str | None, tune: bool = True) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees, where the C library is glibc.
+
+    Else each large tensor is mapped afresh and zeroed page by page by the kernel, step after step: on a CPU a third of
+    a training step at SD 1.5's size.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's free end is not given back
+
+
 def describe(device: torch.device) -> str:
     """What the user knows the device as: "cuda:0 (NVIDIA GeForce RTX 3090, 25 GB)", "cpu (2 threads)"."""
     if device.type == "cuda":
@@ -42,14 +61,15 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
+def small(module: nn.Module) -> bool:
+    """Whether it is of the miniature's size rather than Stable Diffusion's."""
+    return sum(p.numel() for p in module.parameters()) < 100e6
+
+
 def warn_if_slow(unet: nn.Module, device: torch.device) -> None:
-    """Say so when a model of Stable Diffusion's size is to run on a CPU."""
     if device.type == "cpu" and not small(unet):
-        print("warning: Stable Diffusion 1.5 on a CPU takes seconds a step at 256x256, far longer at 512x512; for a "
-              "GPU install PyTorch's CUDA build", file=sys.stderr)  # fmt: skip
-
-
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        warn("Stable Diffusion 1.5 on a CPU takes seconds a step at 256x256, far longer at 512x512; for a GPU install "
+             "PyTorch's CUDA build")  # fmt: skip
 
 
 def fast_precision(device: torch.device) -> str:
@@ -80,30 +100,11 @@ def place_for_sampling(sd, controlnets: list[nn.Module], device: torch.device, p
     sd.to(device)
 
 
-def keep_freed_memory() -> None:
-    """Let the process keep what it frees, where the C library is glibc (elsewhere nothing is done).
-
-    By default each large tensor is mapped afresh and zeroed page by page by the kernel, step after step: on a CPU a
-    third of a training step at SD 1.5's size.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: no allocation is a mapping of its own
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap's free end is not given back
-
-
-def small(module: nn.Module) -> bool:
-    """Whether it is of the miniature's size rather than Stable Diffusion's."""
-    return sum(p.numel() for p in module.parameters()) < 100e6
-
-
 def place(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device; there its convolutions get channels_last where that pays.
 
     On CUDA it is the format of the fast kernels (not measured here). On a CPU it pays for a small model only: at
     SD 1.5's width AdamW loses more than the convolutions gain.
     """
-    if device.type == "cuda" or small(module):
-        return module.to(device, memory_format=torch.channels_last)
-    return module.to(device)
+    channels_last = device.type == "cuda" or small(module)
+    return module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

@@ -1,6 +1,7 @@
 """Files in and out: reading never runs code, writing never leaves half a file."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -8,137 +9,122 @@ import pickle
 import shutil
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from uuid import uuid4
+
+from support.errors import UserError, reading, writing
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from support.errors import UserError, reading, writing
-
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+NO_WEIGHTS = {  # how a file begins -> what it is, and what to do
+    b"version https://git-lfs": "a Git LFS pointer, not the file that it points to: run git lfs pull",
+    b"<": "a web page that was saved under that name: download the file itself",
+    b"": f"no file of weights: these are read from {', '.join(WEIGHT_FILES)} files",
+}
+ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at
+PARTIAL = ".partial-"  # begins the name of what is not written to its end
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a weight file and its metadata (empty but for safetensors), memory-mapped: nothing is read yet.
 
-    Takes .safetensors, and .ckpt, .pth, .pt, .bin as far as they hold nothing but tensors: pickled objects are
-    never built. Raises UserError when the file is missing, damaged, or of another kind.
+    What it is, its first bytes tell, not its name. Of pickled files only tensors are read: no object is ever built.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix not in WEIGHT_FILES:
-        raise UserError(f"{path}: weights are read from {', '.join(WEIGHT_FILES)} files")
-    refuse_placeholder(path)
-    if path.suffix == ".safetensors":
+    with reading(path, "weight file"), open(path, "rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":  # after the length of the header, in JSON
         with reading(path, "safetensors file"), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    with reading(path, "PyTorch file"), warnings.catch_warnings(action="ignore"):
+    if start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle alone, as PyTorch once wrote
+        # PyTorch would take a file of that name for the other kind, and it maps only what it opens by name.
+        return read_pickled(path, mmap=start.startswith(b"PK") and path.suffix != ".safetensors"), {}
+    start = start.lstrip()
+    raise UserError(f"{path} is {next(what for begins, what in NO_WEIGHTS.items() if start.startswith(begins))}")
+
+
+def read_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
+    """The tensors of a file that PyTorch wrote, from its top or the part where trainers keep the model."""
+    with warnings.catch_warnings(action="ignore"), reading(path, "PyTorch file", damage=Exception):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with open(path, "rb") as file:
+                parts = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
-            raise UserError(
-                f"{path} holds more than tensors, and opening such a file can run code: use its .safetensors version "
-                "(or it is no PyTorch file at all)"
-            ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        parts = [name for name, value in content.items() if isinstance(value, dict)] if type(content) is dict else []
-        advice = f"save its part {parts[0]!r} alone" if parts else "pass a checkpoint"
+            raise UserError(f"{path} holds more than tensors, and opening such a file can run code: use its "
+                            ".safetensors version (or it is no PyTorch file at all)") from None  # fmt: skip
+    parts = parts if isinstance(parts, dict) else {}
+    folders = [name for name, value in parts.items() if isinstance(value, dict)]
+    model = next((parts[name] for name in ("state_dict", "module", "model") if name in folders), parts)
+    tensors = {name: value for name, value in model.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        advice = f"save its part {folders[0]!r} alone" if folders else "pass a checkpoint"
         raise UserError(f"{path} holds no named tensors: {advice}")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, {}
-
-
-def refuse_placeholder(path: Path) -> None:
-    """Raise UserError for what downloads leave under a weight file's name when they go wrong."""
-    with reading(path, "weight file"), open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the file that it points to: run git lfs pull")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path} is a web page that was saved under that name: download the file itself")
-
-
-ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at
-PARTIAL = ".partial-"  # begins the name of what is not written to its end
-UMASK = os.umask(0)
-os.umask(UMASK)  # it can only be read by setting it
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, flush it, and move it there: readers see the old file or the new one.
-
-    Raises UserError when the folder can't be written or the disk is full; what stood at `path` is then intact.
-    """
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)  # a new file, whatever else is there
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            with open(temporary, "r+b") as file:  # Windows flushes only what it may write
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~UMASK)  # until now only its owner could read it
-            move(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)  # it is gone when all went well
+    return tensors
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, to be filled; it gets that name if nothing goes wrong, and is removed otherwise.
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a new file or folder, which is moved there if nothing goes wrong, and removed otherwise.
 
-    Raises OSError when there is something in `path` already, or when nothing can be written.
+    Others see what stood there or what is complete, after a power cut too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+    temporary = path.with_name(f"{PARTIAL}{uuid4().hex}")
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~UMASK)
-        move(temporary, path)
-    except UserError as error:
-        raise UserError(str(error).replace(str(temporary), str(path))) from None
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)  # it is gone when all went well
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder's names are on the disk, where the file system can do that."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what it may write
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def clear(folder: Path, prefix: str) -> None:
     """Remove what a killed process left in a folder, by the beginning of its name."""
     for path in folder.glob(f"{prefix}*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file, replacing what stood at `path` only when it is complete."""
+    with writing(path), replacing(Path(path)) as temporary:
+        write(temporary)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, before the work whose results go there. Raises UserError when nothing can be written to it."""
+    """Make a folder, before the work whose results go there, and see that it can be written."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-
-
-def move(source: Path, target: Path) -> None:
-    """Rename in one step, and make sure that the new name outlasts a power cut."""
-    os.replace(source, target)
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, replacing what was there only when it is complete.
-
-    Raises UserError when a number is not finite: such weights are of no use.
-    """
+    """Write a safetensors file, replacing what was there only when it is complete. Every number must be finite."""
     # To the CPU first: contiguous copies of channels_last tensors, all at once, would fill a card.
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if broken := next((name for name, tensor in contiguous.items() if not tensor.isfinite().all()), None):
@@ -168,7 +154,6 @@ def fingerprint(path: Path) -> str:
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:
-    """A JSON object. Raises UserError when it is missing or something else."""
     with reading(path, "JSON object", remedy):
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):

@@ -8,9 +8,11 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.errors import UserError, reading, writing
+
+from filelock import FileLock
 from tqdm import tqdm
 
-from support.errors import UserError, reading, writing
 from support.files import WEIGHT_FILES
 
 
@@ -30,7 +32,7 @@ def fetching(what: str, repo: str, advice: str) -> Iterator[None]:
 def fetch(repo: str, file: str, advice: str) -> Path:
     """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
 
-    Raises UserError naming repository and file when it can't be had; `advice` says how to do without.
+    `advice` says how to do without.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -43,17 +45,15 @@ def fetch(repo: str, file: str, advice: str) -> Path:
 
 
 def locate(source: str | Path, files: list[str], advice: str) -> Path:
-    """A local path as it is; from the hub owner/repo:file, or owner/repo: the folder of its `files` (patterns).
-
-    Raises UserError as fetch does.
-    """
-    if Path(source).exists():
-        return Path(source)
-    if match := re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(source)):
-        return fetch(match[1], match[2], advice)
-    repo = str(source)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo) or Path(repo).suffix in WEIGHT_FILES:
-        return Path(source)  # of a file that is missing
+    """A local path as it is; from the hub owner/repo:file, or owner/repo: the folder of its `files` (patterns)."""
+    path, on_hub = Path(source), re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::(.+))?", str(source))
+    if path.exists() or not on_hub or path.parts[0] == "runs":
+        return path
+    repo, file = on_hub.groups()
+    if file:
+        return fetch(repo, file, advice)
+    if path.parent.exists() or path.suffix in WEIGHT_FILES:
+        return path  # of a file that is missing
     from huggingface_hub import snapshot_download
 
     with fetching("a folder in diffusers' layout", repo, f"nor is there a file or folder {repo} here: {advice}"):
@@ -65,29 +65,20 @@ def locate(source: str | Path, files: list[str], advice: str) -> Path:
 
 
 def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str) -> Path:
-    """A zip file of a Hugging Face repository, unpacked once into `folder`: the part of it that `contains` a file.
-
-    Raises UserError when it can't be had or is damaged.
-    """
+    """A zip file of a Hugging Face repository, unpacked once into `folder`: the part of it that `contains` a file."""
     if (folder / contains).is_file():
         return folder
-    archive = fetch(repo, file, advice)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
-        unpack(archive, Path(temporary))
+    archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"
+    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))  # of several processes one unpacks it
+    with lock, tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+        if (folder / contains).is_file():
+            return folder
+        with reading(archive, "zip file", remedy, damage=Exception), zipfile.ZipFile(archive) as file:
+            for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
+                file.extract(name, temporary)  # inside it, whatever the name
         found = next(Path(temporary).rglob(contains), None)
         if found is None:
-            raise UserError(f"{archive} has no {contains} in it: delete it, so that it is fetched again")
+            raise UserError(f"{archive} has no {contains} in it: {remedy}")
         with writing(folder, "another folder to start from"):
             os.replace(found.parent, folder)
     return folder
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip file whose every entry lies inside `folder`; raises UserError otherwise, or when it is damaged."""
-    with reading(archive, "zip file", "delete it, so that it is fetched again"), zipfile.ZipFile(archive) as file:
-        for name in file.namelist():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{archive}: {name} would be written outside the folder, so nothing was unpacked")
-        for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
-            with writing(folder):
-                file.extract(name, folder)

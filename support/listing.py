@@ -1,94 +1,162 @@
-"""Folders of pairs: a listing with one JSON object a line, and the pictures that it names."""
+"""Folders of pairs: a listing and the pictures that it names, or pictures of equal names beside their captions."""
 
+import codecs
+import csv
+import io
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from support.errors import UserError, reading
 
 from PIL import Image
 
-from support.errors import UserError, reading, writing
-from support.files import whole_folder
-from support.pictures import open_image
+from support.pictures import is_picture, open_image
 
-# Listing -> its keys for hint, target and prompt: fill50k's, and the one of Hugging Face's folders of images.
+# Listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images.
+IMAGE_FOLDER = (
+    ("conditioning_image", "conditioning_image_file_name"), ("file_name", "image", "image_file_name"),
+    ("text", "caption"),
+)  # fmt: skip
 LAYOUTS = {
     "prompt.json": (("source",), ("target",), ("prompt",)),
-    "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"), ("file_name", "image"), ("text",)),
+    "metadata.jsonl": IMAGE_FOLDER,
+    "metadata.csv": IMAGE_FOLDER,
 }
+UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
+    "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
+    "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('FOLDER')['train'])]"
+)
 BROKEN_SHOWN = 20
 
 
 def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[str]]:
-    """Where each pair is listed, its hint, its target, its prompt. Both files exist; they are not opened yet.
+    """Where each pair is listed, its hint, its target, its prompt. Both files exist; they are not opened yet."""
+    listing = find_listing(root, LAYOUTS)
+    pairs = read_entries(listing, *LAYOUTS[listing.name]) if listing else pair_by_name(root)
+    return tuple(map(list, zip(*pairs)))
 
-    Raises UserError that shows the broken entries, the first 20 of them and their number.
-    """
-    listing = next((root / name for name in LAYOUTS if (root / name).is_file()), None)
-    if listing is None:
-        raise UserError(f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a "
-                        "metadata.jsonl")  # fmt: skip
-    places, hints, targets, prompts = map(list, zip(*read_entries(listing, *LAYOUTS[listing.name])))
-    return places, hints, targets, prompts
+
+def find_listing(root: Path, names: Iterable[str]) -> Path | None:
+    return next((root / name for name in names if os.path.isfile(root / name)), None)
+
+
+def pair_by_name(root: Path) -> list[tuple]:
+    """source/NAME, target/NAME, and the prompt in target/NAME.txt, as kohya's trainer has them; endings may differ."""
+    hints, targets = ({path.stem: path for path in sorted((root / part).glob("*")) if is_picture(path)}
+                      for part in ("source", "target"))  # fmt: skip
+    if not targets:
+        raise UserError(why_nothing_is_listed(root))
+
+    def read(name: str) -> tuple:
+        if name not in hints:
+            raise UserError(f"no picture of that name in {root / 'source'}")
+        return hints[name], targets[name], read_caption(targets[name])
+
+    found = collect(((target, name) for name, target in targets.items()), read, root)
+    return [(str(place), *values) for place, values in found]
+
+
+def why_nothing_is_listed(root: Path) -> str:
+    if below := find_listing(root / "train", LAYOUTS):
+        return f"{root} has no listing, but {below.parent} has one: pass that folder"
+    if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
+        command = UNPACK.replace("FOLDER", str(root.resolve()))
+        return f'{root} has parquet files: unpack them with mkdir source target; python -c "{command}"'
+    return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
+            "source/ and target/ with pictures of equal names")  # fmt: skip
 
 
 def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
-    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text.
-
-    Raises UserError that shows the broken entries.
-    """
-    entries, broken = [], []
-    with reading(listing, "listing"):
-        lines = listing.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            place = f"{listing} line {number}"
-            try:
-                entries.append((place, *read_entry(line, listing.parent, *names)))
-            except UserError as error:
-                broken.append(f"{place}: {error}")
-    refuse_broken(broken, len(entries) + len(broken), listing)
-    if not entries:
+    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text."""
+    found = collect(find_entries(listing), lambda entry: read_entry(entry, listing.parent, names), listing)
+    if not found:
         raise UserError(f"{listing} has no entries: add one line each")
-    return entries
+    return [(place, *values) for place, values in found]
 
 
-def read_entry(line: bytes, root: Path, *names: tuple[str, ...]) -> tuple:
-    """One line of a listing -> (path, …, text). Raises UserError."""
+def find_entries(listing: Path) -> list[tuple[str, object]]:
+    """Each entry and its place: a row of a table, an element of a JSON array, or the JSON text of a line."""
+    text = read_text(listing)
+    if listing.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        with reading(listing, "table", "save it again as CSV", damage=csv.Error):
+            return [(f"{listing} line {table.line_num}", row) for row in table]
+    try:
+        whole = json.loads(text)
+        entries = whole.get("data") if isinstance(whole, dict) else whole
+        if isinstance(entries, list):
+            return [(f"{listing} entry {number}", entry) for number, entry in enumerate(entries, start=1)]
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise UserError(f"{listing} is no JSON ({error}): correct it") from None
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
+
+
+def read_entry(entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> tuple:
+    """An entry of a listing, or its JSON text -> (path, …, text)."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
-        entry = json.loads(line.decode("utf-8-sig"))
+        entry = json.loads(entry) if isinstance(entry, str) else entry
     except (ValueError, RecursionError) as error:
         raise UserError(f"no JSON ({error}); expected {expected}") from None
     values = []
     for keys in names:
-        key = next((key for key in keys if isinstance(entry, dict) and key in entry), None)
-        if key is None or not isinstance(entry[key], str):
+        value = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
+        value = value[0] if isinstance(value, list) and value else value  # several captions: the first
+        if not isinstance(value, str):
             raise UserError(f'no text under "{keys[0]}"; expected {expected}')
-        values.append(entry[key])
+        values.append(value)
     *pictures, prompt = values
     for name in pictures:
-        try:
-            inside, there = (root / name).resolve().is_relative_to(root.resolve()), (root / name).is_file()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name!r} is no path ({error}); correct it") from None
-        if not inside:
-            raise UserError(f"{name!r} lies outside the folder; move the picture into it")
-        if not there:
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # where links lead is the user's business
+            raise UserError(f"{name!r} lies outside the folder; move the picture into it, or a link to it")
+        if not os.path.isfile(root / name):
             raise UserError(f"{root / name}: no such file; correct the path")
     return *(root / name for name in pictures), prompt
 
 
-def refuse_broken(broken: list[str], count: int, listing: str | Path, what: str = "entries are broken") -> None:
+def read_text(path: Path) -> str:
+    """UTF-8, or UTF-16 as Windows' programs write it."""
+    with reading(path, "text", "save it again as UTF-8"):
+        content = path.read_bytes()
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def read_caption(picture: Path) -> str:
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        raise UserError(f"no caption: write it into {text.name} beside it")
+    return " ".join(read_text(text).split())
+
+
+def collect(
+    items: Iterable[tuple], read: Callable, source: str | Path, what: str = "entries are broken"
+) -> list[tuple]:
+    """(place, read(item)) of each (place, item). A UserError shows those that can't be read."""
+    done, broken = [], []
+    for place, item in items:
+        try:
+            done.append((place, read(item)))
+        except UserError as error:
+            broken.append(f"{place}: {error}")
+    refuse_broken(broken, len(done) + len(broken), source, what)
+    return done
+
+
+def refuse_broken(broken: list[str], count: int, source: str | Path, what: str = "entries are broken") -> None:
     """Raise UserError if any of `count` entries is broken, or `what` else is wrong with it."""
     if len(broken) == 1:
         raise UserError(broken[0])
     if broken:
-        raise UserError(f"{listing}: {len(broken)} of {count} {what}; correct or remove them",
-                        details=broken[:BROKEN_SHOWN])  # fmt: skip
+        raise UserError(f"{source}: {len(broken)} of {count} {what}; correct or remove them", *broken[:BROKEN_SHOWN])
 
 
 def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Image, Image.Image]:
-    """Hint and target, which have the same proportions; their sizes may differ. Raises UserError that names `place`."""
+    """Hint and target, which have the same proportions; their sizes may differ. An error names `place`."""
     try:
         hint, target = open_image(hint_path), open_image(target_path)
     except UserError as error:
@@ -98,23 +166,3 @@ def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Ima
         sizes = f"{width}x{height}, target {target_path.name} {target_width}x{target_height}"
         raise UserError(f"{place}: hint {hint_path.name} is {sizes}; crop them alike")
     return hint, target
-
-
-def write_folder(folder: Path, scenes: Iterable[tuple[Image.Image, Image.Image, str]]) -> None:
-    """Make a folder of pairs (hint, target, prompt) in fill50k's layout; it has its name when it is complete.
-
-    Raises UserError when it can't be written, or if there is something in it already.
-    """
-    with writing(folder, "another --output"), whole_folder(folder) as temporary:
-        for part in ("source", "target"):
-            (temporary / part).mkdir()
-        with open(temporary / "prompt.json", "w", encoding="utf-8") as listing:
-            for i, (hint, target, prompt) in enumerate(scenes):
-                hint.save(temporary / f"source/{i}.png")
-                target.save(temporary / f"target/{i}.png")
-                listing.write(listing_line(f"{i}.png", prompt))
-
-
-def listing_line(name: str, prompt: str) -> str:
-    """The line of fill50k's prompt.json for the pair source/`name`, target/`name`."""
-    return json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": prompt}) + "\n"

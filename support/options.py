@@ -1,6 +1,7 @@
 """Command-line options: their types, their defaults, and which of them decide a run's result."""
 
 import argparse
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -46,13 +47,12 @@ CONTROLNET = "a file, a folder, owner/repo:file or owner/repo"
 
 
 def add_device(parser: ArgumentParser) -> None:
-    """Add --device, as choose_device takes it."""
     told = "cpu, cuda, cuda:1, mps, … (default: cuda if there is one, else cpu)"
     parser.add_argument("--device", decides=False, help=told)
 
 
 def add_placing(parser: ArgumentParser) -> None:
-    """Add --precision, --resolution and --device, of a program that samples."""
+    """Add where and how large a program samples."""
     told, sizes = "auto: half on a GPU, else fp32", "shorter side, a multiple of 64 (default: tiny 128, sd15 512)"
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=told)
     parser.add_argument("--resolution", type=side, help=sizes)
@@ -66,13 +66,11 @@ def number(kind: type, accepts: Callable[[float], bool], expected: str) -> Calla
     """A type for add_argument: an int or float that `accepts` says yes to. `expected` completes "must be …"."""
 
     def convert(text: str) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be {expected}")
-        return value
+            if accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}: must be {expected}")
 
     return convert
 
@@ -84,7 +82,7 @@ seed = number(int, lambda value: 0 <= value < 2**32 - 1, "a whole number, 0 or m
 port = number(int, lambda value: 0 < value < 2**16, "a whole number from 1 to 65535")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 finite_float = number(float, math.isfinite, "a finite number")
-share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+fraction = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 # The VAE divides the side by 8, and the UNet does so again.
 side = number(int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64")
 

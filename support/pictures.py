@@ -1,5 +1,6 @@
 """Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
 
+import io
 import json
 import math
 import stat
@@ -7,12 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.errors import UserError, reading, warn
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
-from support.errors import UserError, reading
 from support.files import write_atomically
 
 MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels
@@ -57,7 +59,7 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
 
 
 def read_strip(path: Path, count: int) -> Tensor:
-    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]. Raises UserError."""
+    """A row of `count` pictures of one size, as side_by_side makes it -> [N, 3, H, W] in [-1, 1]."""
     with reading(path, f"row of {count} pictures", "delete it"), Image.open(path, formats=["PNG"]) as row:
         pixels = torch.from_numpy(np.array(row)) / 127.5 - 1
         return pixels.permute(2, 0, 1).unflatten(2, (count, -1)).permute(2, 0, 1, 3)
@@ -83,11 +85,6 @@ def fit_image(image: Image.Image, resolution: int, square: bool = True) -> Tenso
 
     The centre is a square, or else the largest part whose sides are multiples of 64.
     """
-    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is background: black
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    image = image.convert("RGB")
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     size = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
@@ -96,7 +93,7 @@ def fit_image(image: Image.Image, resolution: int, square: bool = True) -> Tenso
         part * whole / resized
         for part, whole, resized in zip((left, top, left + size[0], top + size[1]), image.size * 2, (width, height) * 2)
     ]
-    pixels = np.array(image.resize(size, Image.Resampling.BILINEAR, centre), dtype=np.float32)
+    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, centre), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
@@ -105,24 +102,47 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 MOST_OBLONG = 16  # times as long as wide
 
 
-def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
-    """A picture, decoded whole and turned as its EXIF says.
+def is_picture(path: Path) -> bool:
+    """By its ending."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
-    Raises UserError for what is no picture of use, or has more than `most_pixels`.
+
+def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = None) -> Image.Image:
+    """A picture as RGB: decoded whole, turned as its EXIF says, its colours those of sRGB, black where transparent.
+
+    `data` is its content where `path` is but a name.
     """
-    with reading(path, "picture", "save it again as PNG or JPEG"):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+    picture = path, "picture", "save it again as PNG or JPEG, smaller if it is huge"
+    with reading(*picture):
+        if data is None and not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise UserError(f"{path} is no regular file: pass a picture")
+    with reading(*picture, damage=Exception):
+        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if max(width, height) > MOST_OBLONG * min(width, height):
+        raise UserError(f"{path} is {width}x{height} pixels: crop it, to at most 16 to 1")
+    if width * height > most_pixels:
+        raise UserError(f"{path} has {width * height / 1e6:.0f} megapixels: at most {most_pixels / 1e6:.0f} are read")
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+        raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
+    with reading(*picture, damage=Exception), image:
+        turned = ImageOps.exif_transpose(image)
+    with reading(*picture):
+        return as_srgb(turned, path)
+
+
+def as_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """A picture of any mode, with or without a colour profile, as RGB."""
+    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's convert would clip, not scale
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if profile := image.info.get("icc_profile"):
         try:
-            image = Image.open(path, formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            raise UserError(f"{path}: {error} Make it smaller") from None
-        with image:
-            if max(image.size) > MOST_OBLONG * min(image.size):
-                raise UserError(f"{path} is {image.width}x{image.height} pixels: crop it, to at most 16 to 1")
-            if image.width * image.height > most_pixels:
-                raise UserError(f"{path} has {image.width * image.height / 1e6:.0f} megapixels: at most "
-                                f"{most_pixels / 1e6:.0f} are read")  # fmt: skip
-            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-                raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
-            return ImageOps.exif_transpose(image)
+            theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            grey = theirs.profile.xcolor_space == "GRAY" and Image.getmodebase(image.mode) == "L"
+            image = image if image.mode == "CMYK" else image.convert("L" if grey else "RGB")
+            image = ImageCms.profileToProfile(image, theirs, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError) as error:
+            warn(f"{path}: its colour profile can't be used ({error}); its colours are read as sRGB's")
+    image = image.convert("RGB")
+    return Image.composite(image, Image.new("RGB", image.size), opacity) if opacity else image

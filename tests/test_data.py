@@ -1,21 +1,21 @@
+import csv
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
+from pathlib import Path
+
+from support.errors import UserError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE
+from standin import SAMPLE
 
 from data import DRAWN_HELD_OUT, DRAWN_PAIRS, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
-from support.errors import UserError
 from support.hub import fetch_folder
-from support.listing import write_folder
 from support.pictures import fit_image
 
 
@@ -26,7 +26,7 @@ def test_colours():
 
 
 def test_drawing_is_reproducible_and_like_the_real_set():
-    for index in range(40):
+    for index in range(12):
         hint, target, prompt = draw_fill50k(index, 512, seed=3)
         again = draw_fill50k(index, 512, seed=3)
         assert (hint.tobytes(), target.tobytes(), prompt) == (again[0].tobytes(), again[1].tobytes(), again[2])
@@ -72,9 +72,10 @@ def test_drawn_pairs():
     assert torch.equal(pairs.image(3), fit_image(target, 64) * 2 - 1)
 
 
-def test_palettes_show_the_two_colours_of_the_same_pictures():
+def test_palettes_show_the_two_colours_of_the_same_pictures(monkeypatch):
+    monkeypatch.setitem(DRAWN_PAIRS, "drawn-palette", 5)
     rings, palettes = DrawnImages(5, 64, seed=1), open_pairs("drawn-palette", 64, seed=1, held_out=1)[0]
-    assert palettes.prompts[:5] == rings.prompts
+    assert palettes.prompts == rings.prompts
     for i in range(5):
         assert torch.equal(palettes.image(i), rings.image(i))
         hint, colours = palettes.hint(i), prompt_colours(palettes.prompts[i])
@@ -103,100 +104,140 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):
     assert "none is held out" in capsys.readouterr().out
 
 
-def test_hugging_face_layout(tmp_path):
-    """metadata.jsonl, with either name of the hint's column; the same pairs as from prompt.json."""
-    shutil.copytree(SAMPLE, tmp_path / "hf")
-    (tmp_path / "hf" / "prompt.json").unlink()
-    entries = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
-    for hint_key, target_key in (("conditioning_image", "file_name"), ("conditioning_image_file_name", "image")):
-        lines = [{target_key: e["target"], hint_key: e["source"], "text": e["prompt"]} for e in entries]
-        (tmp_path / "hf" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        ours, theirs = PairedImages(tmp_path / "hf", 64), PairedImages(SAMPLE, 64)
-        assert ours.prompts == theirs.prompts
-        assert all(torch.equal(ours.hint(i), theirs.hint(i)) for i in range(4))
-        assert all(torch.equal(ours.image(i), theirs.image(i)) for i in range(4))
-        assert ours.name(2) == f"{tmp_path / 'hf' / 'metadata.jsonl'} line 3"
+ENTRIES = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
 
 
-def test_pairs_of_odd_files(tmp_path):
-    """A byte order mark, Windows line ends, blank lines; pictures of other sizes, turned by EXIF, but of one shape."""
-    Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    turned = Image.new("RGB", (64, 128))
-    turned.paste((255, 255, 255), (0, 0, 64, 64))
-    turned.save(tmp_path / "b.jpg", exif=exif)
-    line = json.dumps({"source": "a.png", "target": "b.jpg", "prompt": ""}).encode()
-    (tmp_path / "prompt.json").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r\n")
-    pairs = PairedImages(tmp_path, 64)
-    assert pairs.prompts == ["", ""]
-    assert pairs.image(0)[:, :, 40:].mean() > 0.9  # the upper half is the right one now
-    assert pairs.image(0)[:, :, :24].mean() < -0.9
+def renamed(target, hint, prompt, wrap=str):
+    return [dict(zip((target, hint, prompt), (e["target"], e["source"], wrap(e["prompt"])))) for e in ENTRIES]
 
 
-@pytest.mark.parametrize("inside", ["fill50k/", ""])
+def lines(entries, end="\n", encoding="utf-8"):
+    return "".join(json.dumps(entry) + end for entry in entries).encode(encoding)
+
+
+def assert_like_sample(folder):
+    ours, expected = PairedImages(folder, 64), PairedImages(SAMPLE, 64)
+    assert ours.prompts == expected.prompts
+    assert all(torch.equal(ours.hint(i), expected.hint(i)) for i in range(4))
+    assert all(torch.equal(ours.image(i), expected.image(i)) for i in range(4))
+
+
+@pytest.mark.parametrize(
+    "name, content, third",
+    [
+        ("metadata.jsonl", lines(renamed("file_name", "conditioning_image", "text")), "line 3"),
+        ("metadata.jsonl", lines(renamed("image", "conditioning_image_file_name", "text")), "line 3"),
+        ("metadata.jsonl", lines(renamed("image_file_name", "conditioning_image_file_name", "caption")), "line 3"),
+        ("metadata.jsonl", lines(renamed("image", "conditioning_image", "text", lambda p: [p, "disc"])), "line 3"),
+        ("metadata.csv", None, "line 4"),
+        ("prompt.json", json.dumps(ENTRIES).encode(), "entry 3"),
+        ("prompt.json", json.dumps({"data": ENTRIES}, indent=2).encode(), "entry 3"),
+        ("prompt.json", lines(ENTRIES, "\r\n", "utf-16"), "line 3"),
+        ("prompt.json", lines(ENTRIES, "\r\n\r\n", "utf-8-sig"), "line 5"),
+        ("prompt.json", lines(ENTRIES, "\r"), "line 3"),
+    ],
+)
+def test_layouts_of_listings(name, content, third, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "prompt.json").unlink()
+    if content:
+        (tmp_path / name).write_bytes(content)
+    else:
+        with open(tmp_path / name, "w", newline="") as file:
+            rows = renamed("file_name", "conditioning_image", "text")
+            csv.DictWriter(file, rows[0]).writerows([{key: key for key in rows[0]}, *rows])
+    assert_like_sample(tmp_path)
+    assert PairedImages(tmp_path, 64).name(2) == f"{tmp_path / name} {third}"
+
+
+def test_pairs_by_name(tmp_path):
+    """Without a listing: equal names, whatever their endings, and the prompt beside the target."""
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "prompt.json").unlink()
+    for i, entry in enumerate(ENTRIES):
+        (tmp_path / f"target/{i}.txt").write_text(entry["prompt"] + "\n")
+    Image.open(tmp_path / "source/0.png").save(tmp_path / "source/0.bmp")
+    (tmp_path / "source/0.png").unlink()
+    assert_like_sample(tmp_path)
+    (tmp_path / "target/1.txt").unlink()
+    (tmp_path / "source/2.png").unlink()
+    with pytest.raises(UserError, match="2 of 4 entries") as refused:
+        PairedImages(tmp_path, 64)
+    assert "target/1.png: no caption: write it into 1.txt" in refused.value.args[1]
+    assert "target/2.png: no picture of that name in" in refused.value.args[2]
+
+
+GOOD = '"target": "a.png", "prompt": ""}'
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("prompt.json", "", "has no entries: add"),
+        ("prompt.json", '{"source": "a.png", "target', "line 1: no JSON .* expected"),
+        ("prompt.json", '{"source": "a.png", "prompt": ""}', 'line 1: no text under "target"; expected'),
+        ("prompt.json", '{"source": null, ' + GOOD, 'line 1: no text under "source"'),
+        ("prompt.json", "[1, 2]", "2 of 2 entries are broken"),
+        ("prompt.json", "[" * 100_000, "is no JSON .*: correct it"),
+        ("prompt.json", '{"source": "é"}', "damaged or no text .*save it again as UTF-8"),
+        ("prompt.json", '{"source": "b.png", ' + GOOD, "b.png: no such file; correct the path"),
+        ("prompt.json", '{"source": "../a.png", ' + GOOD, "'../a.png' lies outside the folder"),
+        ("prompt.json", '{"source": "/a.png", ' + GOOD, "'/a.png' lies outside the folder"),
+        ("prompt.json", '{"source": "a\\u0000", ' + GOOD, "no such file; correct the path"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": ""}', 'no text under "conditioning_image"; expected'),
+        ("metadata.csv", "file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
+        ("metadata.csv", 'file_name,text\n"' + "x" * 200_000, "damaged or no table"),
+        ("train/metadata.csv", "", "data has no listing, but .*data/train has one: pass that folder"),
+        ("data/train.parquet", "PAR1", "has parquet files: unpack them .*python -c .*load_dataset.'.*/data'"),
+        ("a.txt", "", "prompt.json: no such file; .*metadata.jsonl"),
+    ],
+)
+def test_broken_listings(name, content, told, tmp_path):
+    (tmp_path / "data" / name).parent.mkdir(parents=True)
+    (tmp_path / "data" / name).write_text(content, encoding="latin-1")
+    for path in (tmp_path / "data" / "a.png", tmp_path / "a.png"):
+        Image.new("RGB", (64, 64)).save(path)
+    with pytest.raises(UserError, match=told):
+        PairedImages(tmp_path / "data", 64)
+
+
+def test_links(tmp_path):
+    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk."""
+    for folder in ("files/source", "files/target", "folders"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in ("source", "target", "prompt.json"):
+        (tmp_path / "folders" / path).symlink_to(SAMPLE / path)
+    for path in SAMPLE.rglob("*.*"):
+        (tmp_path / "files" / path.relative_to(SAMPLE)).symlink_to(path)
+    (tmp_path / "itself").symlink_to(SAMPLE)
+    for folder in ("files", "folders", "itself"):
+        assert_like_sample(tmp_path / folder)
+    (tmp_path / "files/source/1.png").unlink()
+    (tmp_path / "files/source/1.png").symlink_to("1.png")
+    with pytest.raises(UserError, match="line 2: .*source/1.png: no such file"):
+        PairedImages(tmp_path / "files", 64)
+
+
+@pytest.mark.parametrize("inside", ["fill50k/", "", "../", "/"])
 def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
+    """Whatever the names in the archive: nothing is written outside the folder."""
     archive = tmp_path / "fill50k.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(SAMPLE.rglob("*.*")):
+        for path in SAMPLE.rglob("*.*"):
             file.write(path, f"{inside}{path.relative_to(SAMPLE)}")
     asked = []
     monkeypatch.setattr("support.hub.fetch", lambda repo, file, advice: asked.append((repo, file)) or archive)
-    monkeypatch.chdir(tmp_path)
-    training, _ = open_pairs("fill50k", 64, seed=0, held_out=1)
-    assert asked == [("lllyasviel/ControlNet", "training/fill50k.zip")]
-    assert training.prompts == PairedImages(SAMPLE, 64).prompts
-    open_pairs("fill50k", 64, seed=0, held_out=1)
-    assert len(asked) == 1  # it is there already
-
-
-@pytest.mark.parametrize("name", ["../escaped.txt", "/tmp/escaped.txt"])
-def test_zip_entries_stay_inside(name, tmp_path, monkeypatch):
-    archive = tmp_path / "evil.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("prompt.json", "")
-        file.writestr(name, "boo")
-    monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
-    with pytest.raises(UserError, match="outside the folder"):
-        fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.zip"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):
+        open_pairs("fill50k", 64, seed=0, held_out=1)
+        assert asked == [("lllyasviel/ControlNet", "training/fill50k.zip")]  # once: then it is there
+    assert_like_sample("fill50k")
+    assert [path.name for path in Path().glob("[!.]*")] == ["fill50k"] and len(list(tmp_path.iterdir())) == 2
 
 
 def test_damaged_zip(tmp_path, monkeypatch):
-    archive = tmp_path / "bad.zip"
-    archive.write_bytes(b"PK" + bytes(100))
-    monkeypatch.setattr("support.hub.fetch", lambda *_: archive)
-    with pytest.raises(UserError, match="damaged"):
+    (tmp_path / "bad.zip").write_bytes(b"PK" + bytes(100))
+    monkeypatch.setattr("support.hub.fetch", lambda *_: tmp_path / "bad.zip")
+    with pytest.raises(UserError, match="bad.zip is damaged"):
         fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
-
-
-def test_command_line_writes_the_real_layout(tmp_path):
-    folder = tmp_path / "drawn"
-    command = [sys.executable, "-m", "tools.draw_pairs", "--count", "3", "--size", "64", "--output", folder]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    pairs, drawn = PairedImages(folder, 64), DrawnImages(3, 64)
-    for i in range(3):
-        assert pairs.prompts[i] == drawn.prompts[i]
-        assert torch.equal(pairs.hint(i), drawn.hint(i))
-        assert torch.equal(pairs.image(i), drawn.image(i))
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert again.returncode == 2
-    assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
-
-
-def test_a_folder_of_pairs_is_whole_or_not_there(tmp_path):
-    """What somebody else has in it stays; what was stopped halfway trains nobody."""
-    (tmp_path / "own" / "source").mkdir(parents=True)
-    (tmp_path / "own" / "source" / "0.png").write_text("mine")
-    with pytest.raises(UserError, match="can't write .*own .*not empty.*choose another --output"):
-        write_folder(tmp_path / "own", [draw_fill50k(0, 64)])
-    assert [path.name for path in (tmp_path / "own").rglob("*.*")] == ["0.png"]
-    assert (tmp_path / "own" / "source" / "0.png").read_text() == "mine"
-
-    def stopped():
-        yield draw_fill50k(0, 64)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "new", stopped())
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]

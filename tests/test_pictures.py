@@ -1,13 +1,15 @@
 """Any picture in, samples and sheets out."""
 
 import os
+import struct
+
+from support.errors import UserError
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from support.errors import UserError
 from support.pictures import (
     MARGIN,
     contact_sheet,
@@ -57,7 +59,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
         (lambda path: Image.fromarray(np.full((64, 64), 200, np.int32)).save(path, "TIFF"), "32 bits a channel"),
         (lambda path: Image.new("RGB", (60_000, 1)).save(path), "is 60000x1 pixels: crop it"),
         (lambda path: Image.new("RGB", (1, 5000)).save(path), "is 1x5000 pixels: crop it"),
-        (lambda path: Image.new("1", (13_500, 13_500)).save(path), "exceeds limit .* Make it smaller"),
+        (lambda path: Image.new("1", (13_500, 13_500)).save(path), "exceeds limit .* smaller if it is huge"),
     ],
 )
 def test_what_is_no_picture_of_use(make, told, tmp_path):
@@ -80,25 +82,80 @@ def test_what_is_cropped_is_not_resized(tmp_path, monkeypatch):
     assert sizes == [(64, 64)]
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
-def test_any_picture_is_read(mode):
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "I;16"])
+def test_any_picture_is_read(mode, tmp_path):
     grey = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (80, 1))
     if mode == "I;16":
         image = Image.fromarray(grey.astype(np.uint16) * 257)
     else:
         image = Image.fromarray(grey).convert("RGB").convert(mode, palette=Image.Palette.ADAPTIVE)
-    tensor = fit_image(image, 64)
-    assert tensor.shape == (3, 64, 64)
-    expected = fit_image(Image.fromarray(grey), 64)
-    assert (tensor - expected).abs().max() <= 0.01
+    image.save(tmp_path / "a.png")
+    picture = open_image(tmp_path / "a.png")
+    assert picture.mode == "RGB"
+    assert np.abs(np.asarray(picture) - grey[..., None].astype(int)).max() <= (1 if mode == "P" else 0)
 
 
-def test_transparent_is_background():
+def test_transparent_is_background(tmp_path):
     image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     image.paste((255, 255, 255, 255), (0, 0, 32, 64))
-    tensor = fit_image(image, 64)
-    assert tensor[:, :, :32].min() == 1
-    assert tensor[:, :, 32:].max() == 0
+    image.save(tmp_path / "a.png")
+    pixels = np.asarray(open_image(tmp_path / "a.png"))
+    assert pixels[:, :32].min() == 255 and pixels[:, 32:].max() == 0
+
+
+def test_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # by a quarter: what is above is on the right
+    image = Image.new("RGB", (64, 128))
+    image.paste((255, 255, 255), (0, 0, 64, 64))
+    image.save(tmp_path / "a.jpg", exif=exif)
+    pixels = np.asarray(open_image(tmp_path / "a.jpg"))
+    assert pixels.shape == (64, 128, 3) and pixels[:, 72:].min() > 250 and pixels[:, :56].max() < 5
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# Of a screen whose red is sRGB's blue, and the other way round.
+SWAPPED = SRGB.replace(b"rXYZ", b"tmp ").replace(b"bXYZ", b"rXYZ").replace(b"tmp ", b"bXYZ")
+
+
+def key_profile() -> bytes:
+    """Of a press whose black alone prints: a lookup table with two points a channel (lut8Type of the ICC), to Lab."""
+    ramp, grey = bytes(range(256)), (b"\xff\x80\x80", b"\x00\x80\x80")
+    identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table = b"mft1" + bytes(4) + b"\4\3\2\0" + identity + ramp * 4 + b"".join(grey) * 8 + ramp * 3
+    header = struct.pack(">I4sI4s4s4s12x4s28x3i", 144 + len(table), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ",
+                         b"acsp", 63190, 65536, 54061)  # fmt: skip
+    return header.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_colour_profiles(mode, tmp_path, capsys):
+    """The same colours in sRGB: hints, targets, photographs and uploads are all read by open_image."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).convert(mode)
+    image.save(tmp_path / "a.png", icc_profile=SWAPPED)
+    expected = np.asarray(image.convert("RGB"))[..., ::-1]
+    assert np.abs(np.asarray(open_image(tmp_path / "a.png")) - expected.astype(int)).max() <= 1
+    assert capsys.readouterr().err == ""
+
+
+def test_colour_profile_of_a_press(tmp_path, capsys):
+    image = Image.new("CMYK", (8, 4), (255, 128, 0, 0))  # prints nothing, by this profile
+    image.paste((0, 0, 0, 255), (4, 0, 8, 4))
+    image.save(tmp_path / "a.tif", icc_profile=key_profile())
+    pixels = np.asarray(open_image(tmp_path / "a.tif"))
+    assert pixels[:, :4].min() >= 254 and pixels[:, 4:].max() <= 1
+    assert capsys.readouterr().err == ""
+
+
+def test_damaged_colour_profile(tmp_path, capsys):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for i, (mode, profile) in enumerate(
+        (("RGB", SWAPPED[:200]), ("RGB", b"profile"), ("RGB", key_profile()), ("CMYK", SRGB))
+    ):
+        image.convert(mode).save(tmp_path / f"{i}.tif", icc_profile=profile)
+        for _ in range(2):
+            assert open_image(tmp_path / f"{i}.tif").tobytes() == image.convert(mode).convert("RGB").tobytes()
+        assert f"warning: {tmp_path / f'{i}.tif'}: its colour profile can't be used" in capsys.readouterr().err
 
 
 def test_sizes():

@@ -232,7 +232,7 @@ def test_broken_pictures_are_listed_together(tmp_path, monkeypatch):
         (folder / "target" / f"{name}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="2 of 4 entries are broken") as raised:
         run_main(monkeypatch, train, "--data", folder, *QUICK[2:], "--output-dir", tmp_path / "run")
-    assert [detail.split(": ")[0] for detail in raised.value.details] == [
+    assert [detail.split(": ")[0] for detail in raised.value.args[1:]] == [
         f"{folder / 'prompt.json'} line {number}" for number in (2, 4)
     ]
     assert not (tmp_path / "run").exists()

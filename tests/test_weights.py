@@ -439,8 +439,8 @@ def test_metadata_of_other_programs(controlnet, checkpoint, tmp_path):
 
 
 def test_tensors_one_level_down(controlnet, tmp_path):
-    torch.save({"model": controlnet.state_dict(), "step": 3}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="holds no named tensors: save its part 'model' alone"):
+    torch.save({"network": controlnet.state_dict(), "step": 3}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds no named tensors: save its part 'network' alone"):
         load_controlnet(tmp_path / "a.pth", small_unet())
 
 
