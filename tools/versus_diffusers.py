@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from clip_text import CLIPTextConfig, Tokenizer
 from support.devices import PRECISIONS
-from support.diffusers_format import BETAS, text_settings, unet_settings, vae_settings
+from support.diffusers_format import BETAS, unet_settings
 from support.files import save_json
 from unet import UNetConfig
 from vae import VAEConfig
@@ -20,16 +20,32 @@ DDIM = BETAS | STEPS
 Work = Callable[[Callable[[str], None]], None]  # does the work once, and calls back after each of its parts
 
 
-def base_models(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, latent_scale: float) -> tuple:
-    """Their UNet, VAE and text encoder of these sizes, with random weights."""
+def settings(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, latent_scale: float) -> dict[str, dict]:
+    """What diffusers and transformers call these sizes; in all else their defaults are Stable Diffusion 1.x's."""
+    levels = len(vae.channel_mult)
+    return {
+        "unet": unet_settings(unet),
+        "vae": {
+            "block_out_channels": [vae.channels * mult for mult in vae.channel_mult],
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": vae.num_res_blocks, "norm_num_groups": vae.norm_groups, "scaling_factor": latent_scale,
+        },
+        "text_encoder": {
+            "model_type": "clip_text_model", "vocab_size": text.vocab_size, "hidden_size": text.width,
+            "intermediate_size": text.mlp_width, "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+        },
+    }  # fmt: skip
+
+
+def base_models(*sizes) -> tuple:
+    """Their UNet, VAE and text encoder of these sizes, as for `settings`, with random weights."""
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    return (
-        UNet2DConditionModel.from_config(unet_settings(unet)),
-        AutoencoderKL.from_config(vae_settings(vae, latent_scale)),
-        transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(text))),
-    )
+    unet, vae, text = settings(*sizes).values()
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text))
+    return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), text
 
 
 def networks(args: Namespace, device: torch.device) -> tuple:
@@ -114,8 +130,7 @@ def write_config(folder: Path, sizes: dict, ours: Tokenizer) -> None:
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     save_json({"_class_name": "StableDiffusionPipeline"} | index, folder / "model_index.json")
     save_json({"_class_name": classes["scheduler"]} | DDIM, folder / "scheduler" / "scheduler_config.json")
-    save_json(unet_settings(sizes["unet"]), folder / "unet" / "config.json")
-    save_json(vae_settings(sizes["vae"], sizes["latent_scale"]), folder / "vae" / "config.json")
-    save_json(text_settings(sizes["text"]), folder / "text_encoder" / "config.json")
+    for name, values in settings(**sizes).items():
+        save_json(values, folder / name / "config.json")
     merges = sorted(ours.ranks, key=ours.ranks.get)
     CLIPTokenizer(vocab=ours.ids, merges=merges).save_pretrained(folder / "tokenizer")
