@@ -38,8 +38,8 @@ from weights import CONTROLNETS, load_controlnet
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which train.py measures hint sensitivity and gap, one held-out pair each
 FOLLOWED = 0.7  # IoU from which on a sample counts as following its hint
-GROWN = 10  # the hint sensitivity grows when it is so many times its smallest value so far
-JUMPED = 0.5  # samples begin to follow their hints when another pair's hint adds this share to the held-out loss
+GROWTH = 10  # times its smallest value so far: then the hint sensitivity is growing
+JUMP = 0.5  # share of the held-out loss that another pair's hint adds when samples begin to follow their hints
 
 
 def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float]:
@@ -121,9 +121,6 @@ class HeldOut:
         return self.scores(images) | self.base_scores
 
 
-# What a log tells
-
-
 def growth_step(history: list[dict]) -> int | None:
     """The first logged step at which the hint sensitivity is seen to grow, or None.
 
@@ -134,7 +131,7 @@ def growth_step(history: list[dict]) -> int | None:
     for entry in history:
         if value := entry.get("hint_sensitivity"):
             smallest = min(smallest, value)
-            running = running + 1 if value >= GROWN * smallest else 0
+            running = running + 1 if value >= GROWTH * smallest else 0
             if running == 3:
                 return entry["step"]
     return None
@@ -148,7 +145,7 @@ def jump_step(history: list[dict]) -> int | None:
     """
     measured = [entry for entry in history if "hint_gap" in entry]
     for three in zip(measured, measured[1:], measured[2:]):
-        if fmean(entry["hint_gap"] for entry in three) >= JUMPED * fmean(entry["heldout_loss"] for entry in three):
+        if fmean(entry["hint_gap"] for entry in three) >= JUMP * fmean(entry["heldout_loss"] for entry in three):
             return three[-1]["step"]
     return None
 
@@ -171,9 +168,6 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
     """Plot the logs of one or more runs as a PNG. Dotted: the sensitivity is seen to grow. Dashed: the jump."""
     marks = {label: {":": growth_step(history), "--": jump_step(history)} for label, history in histories.items()}
     plot_logs(histories, marks, path)
-
-
-# Any ControlNet
 
 
 @torch.no_grad()

@@ -219,7 +219,7 @@ MISTAKES = [
     ("tools.draw_pairs", "--count 0 --output {}/out", ["--count 0", "above 0"]),
     ("tools.draw_pairs", "--output {}/a_file/out", ["a_file/out", "choose another --output"]),
     ("tools.draw_pairs", "--output {}/json", ["json holds files already", "another --output"]),
-    ("tools.plot", "{}/nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ("tools.plot", "{}/nowhere.jsonl", ["nowhere.jsonl", "no entries"]),
     ("tools.plot", "{}/run/log.jsonl --output {}/run/log.jsonl", ["--output", "log.jsonl", ".png"]),
     ("tools.plot", "{}/run/log.jsonl {}/run/log.jsonl", ["two of the logs", "run", "another name"]),
     ("convergence", "--controlnet {}/a_file", ["a_file", "weights are read from"]),
