@@ -16,53 +16,47 @@ from support.errors import UserError
 from tools import bench, versus_diffusers
 from weights import DIFFUSERS, save_controlnet
 
-IDS = torch.tensor([[864, 5, 320, 7] + 73 * [865]] * 3)
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """The miniature and a ControlNet, here and in diffusers, in float64."""
-    folder, sd = tmp_path_factory.mktemp("bench"), StableDiffusion.load("tiny").requires_grad_(False)
-    torch.manual_seed(0)
-    controlnet = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
-    for conv in (*controlnet.zero_convs, controlnet.middle_zero_conv, controlnet.hint_encoder[-1]):
-        torch.nn.init.normal_(conv.weight, std=0.05)  # as if trained, so that every tensor has a gradient
-    save_controlnet(controlnet, folder / "controlnet", layout="diffusers")
-    sizes = {"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text, "latent_scale": TINY.latent_scale}
-    versus_diffusers.write_config(folder, sizes, sd.tokenizer)
-    theirs = diffusers.StableDiffusionPipeline.from_single_file(
-        str(TINY_FILE), config=str(folder), local_files_only=True, safety_checker=None
-    )
-    parts = [part.double().requires_grad_(False) for part in (theirs.unet, theirs.vae, theirs.text_encoder)]
-    copy = diffusers.ControlNetModel.from_pretrained(folder / "controlnet").double()
-    return (sd.double(), controlnet.double()), (*parts, copy)
-
 
 @pytest.fixture
-def in_float64(loaded, monkeypatch):
-    """Both sides with the same networks and schedule, and in float64 also what either would cast to float32."""
-    schedule, scheduler = NoiseSchedule(), diffusers.DDPMScheduler
+def in_float64(tmp_path, monkeypatch):
+    """Our ControlNet and theirs: both sides have the same networks, prompts and schedule, and cast to no less."""
+    ids = torch.tensor([[864, 5, 320, 7] + 73 * [865]] * 3)
+    sd = StableDiffusion.load("tiny").requires_grad_(False).double()
+    sizes = {"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text, "latent_scale": TINY.latent_scale}
+    versus_diffusers.write_config(tmp_path, sizes, sd.tokenizer)
+    pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+        str(TINY_FILE), config=str(tmp_path), local_files_only=True, safety_checker=None
+    )
+    parts = [part.double().requires_grad_(False) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    torch.manual_seed(0)
+    ours = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
+    for conv in (*ours.zero_convs, ours.middle_zero_conv, ours.hint_encoder[-1]):
+        torch.nn.init.normal_(conv.weight, std=0.05)  # as if trained, so that every tensor has a gradient
+    save_controlnet(ours, tmp_path / "controlnet", layout="diffusers")
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet", torch_dtype=torch.float64)
+    schedule, their_schedule = NoiseSchedule(), diffusers.DDPMScheduler
 
     def exact(**settings):
-        found = scheduler(**settings)
-        # theirs is a product of 1,000 float32 factors, each rounded, and so is each step of the product
-        torch.testing.assert_close(found.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=2000 * 2**-23, atol=0)
-        found.alphas_cumprod = schedule.alphas_cumprod
-        return found
+        scheduler = their_schedule(**settings)
+        # a product of 1,000 float32 factors: each is rounded, and so is each step of the product
+        torch.testing.assert_close(
+            scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=2000 * 2**-23, atol=0
+        )
+        scheduler.alphas_cumprod = schedule.alphas_cumprod
+        return scheduler
 
-    ours, theirs = loaded
-    monkeypatch.setattr(ours[0], "tokenizer", lambda prompts: IDS)
-    monkeypatch.setattr(bench, "networks", lambda args, device: ours)
-    monkeypatch.setattr(versus_diffusers, "networks", lambda args, device: theirs)
+    monkeypatch.setattr(sd, "tokenizer", lambda prompts: ids)
+    monkeypatch.setattr(bench, "networks", lambda args, device: (sd, ours))
+    monkeypatch.setattr(versus_diffusers, "networks", lambda args, device: (*parts, theirs))
     monkeypatch.setattr(diffusers, "DDPMScheduler", exact)
-    for draw in ("rand", "randn"):
-        monkeypatch.setattr(torch, draw, partial(getattr(torch, draw), dtype=torch.float64))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setitem(PRECISIONS, "fp32", torch.float64)
-    return ours[1], theirs[3]
+    for draw in ("rand", "randn"):
+        monkeypatch.setattr(torch, draw, partial(getattr(torch, draw), dtype=torch.float64))
+    return ours, theirs, ids
 
 
-def one_step(training, controlnet):
+def one_step(training, controlnet, ids):
     """The gradients of a benchmark's training step, and how far it moves the weights, in learning rates."""
     before, gradients = {name: p.detach().clone() for name, p in controlnet.named_parameters()}, {}
 
@@ -70,7 +64,7 @@ def one_step(training, controlnet):
         if part == "backward":
             gradients.update((name, p.grad.clone()) for name, p in controlnet.named_parameters())
 
-    args = Namespace(work="train", preset=TINY, precision="fp32", batch_size=3, size=(64, 64), ids=IDS)
+    args = Namespace(work="train", preset=TINY, precision="fp32", batch_size=3, size=(64, 64), ids=ids)
     torch.manual_seed(0)
     training(Namespace(gradient_checkpointing=False, **vars(args)), torch.device("cpu"))(lap)
     after = dict(controlnet.named_parameters())
@@ -85,9 +79,9 @@ def test_both_sides_do_the_same_work(in_float64):
     and work that differs by 1e-3 and more. Adam's first step is g / (|g| + 1e-8) learning rates, beside weight decay,
     so an error of g counts at most 1e8-fold in it.
     """
-    ours, theirs = in_float64
-    gradients, moved = one_step(bench.training, ours)
-    their_gradients, they_moved = one_step(versus_diffusers.training, theirs)
+    ours, theirs, ids = in_float64
+    gradients, moved = one_step(bench.training, ours, ids)
+    their_gradients, they_moved = one_step(versus_diffusers.training, theirs, ids)
     assert len(gradients) == len(their_gradients) == 340
     whole = torch.nn.utils.get_total_norm(their_gradients.values())
     for name, gradient in gradients.items():
@@ -97,7 +91,7 @@ def test_both_sides_do_the_same_work(in_float64):
 
 
 def test_command_line(monkeypatch, capsys):
-    """Busy or not: with how much of the time a process has to run set to 0, it gives its ratio."""
+    """Also on a machine that has other things to do, where it would give no ratio."""
     monkeypatch.setattr(bench, "QUIET", 0.0)
     options = ["--gradient-checkpointing", "--steps", "1", "--rounds", "1", "--resolution", "64", "--batch-size", "1"]
     run_main(monkeypatch, bench, "tiny", *options)
@@ -107,3 +101,13 @@ def test_command_line(monkeypatch, capsys):
     assert lines[-1].startswith("ratio time ") and ", memory " in lines[-1]
     with pytest.raises(UserError, match="sampling has no backward pass"):
         run_main(monkeypatch, bench, "sample", *options)
+
+
+def test_a_busy_machine_gives_no_ratio(capsys):
+    args = Namespace(work="sample", batch_size=1, resolution=64, precision="fp32")
+    rounds = [Namespace(parts={"sampling": [s, s]}, running=0.9, peak=3e9) for s in (1.0, 2.0, 3.0)]
+    bench.report(args, (rounds, rounds[2:]))
+    assert capsys.readouterr().out.splitlines()[-1] == "ratio time 0.67, memory 1.00"
+    rounds[1].running = 0.5
+    with pytest.raises(UserError, match="no ratio: the machine was busy, a side ran 50% of the time"):
+        bench.report(args, (rounds, rounds[2:]))

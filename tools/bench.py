@@ -121,12 +121,8 @@ def measure(args: Namespace, side: int) -> Namespace:
     return Namespace(parts=parts, running=ran / (times[-1][1] - times[0][1]), peak=int(peak[1]) * 1024)
 
 
-def compare(args: Namespace) -> None:
-    """Both sides in turn, `rounds` times, and a table. Raises UserError if the machine was busy."""
-    results: tuple[list[Namespace], list[Namespace]] = [], []
-    for side in [0, 1] * args.rounds:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own
-            results[side].append(pool.submit(measure, args, side).result())
+def report(args: Namespace, results: tuple[list[Namespace], list[Namespace]]) -> None:
+    """A table of what the rounds of both sides measured. Raises UserError if the machine was busy."""
     print(f"{args.work}: batch {args.batch_size}, {args.resolution}x{args.resolution}, {args.precision}")
     print(f"{'':>24} {'here':>10} {'diffusers':>10}")
     seconds = [median(sum(laps) for r in rounds for laps in zip(*r.parts.values())) for rounds in results]
@@ -157,7 +153,11 @@ def main() -> None:
         raise UserError("--gradient-checkpointing: sampling has no backward pass; leave it out")
     _, batch_size, resolution, *_ = WORK[args.work]
     args.batch_size, args.resolution = args.batch_size or batch_size, args.resolution or resolution
-    compare(args)
+    results: tuple[list[Namespace], list[Namespace]] = [], []
+    for side in [0, 1] * args.rounds:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own
+            results[side].append(pool.submit(measure, args, side).result())
+    report(args, results)
 
 
 if __name__ == "__main__":
