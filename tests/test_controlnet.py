@@ -113,9 +113,7 @@ def test_parameter_counts():
     def count(*modules):
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    assert count(unet) == 859_520_964
-    assert count(vae) == 83_653_863
-    assert count(controlnet) == 361_279_120
+    assert (count(unet), count(vae), count(controlnet)) == (859_520_964, 83_653_863, 361_279_120)
     assert count(controlnet.encoder, controlnet.middle, controlnet.time_embed) == 348_712_960
     assert count(controlnet.zero_convs, controlnet.middle_zero_conv) == 11_479_680
     assert count(controlnet.hint_encoder) == 1_086_480

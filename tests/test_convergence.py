@@ -1,6 +1,5 @@
 """Sudden convergence: what is measured, what a log tells, and verdicts on ControlNets whose answer is known."""
 
-import json
 import shutil
 
 import pytest
@@ -16,6 +15,7 @@ from convergence import HeldOut, growth_step, hint_response, jump_step, measure,
 from data import DRAWN_HELD_OUT, DrawnImages
 from stable_diffusion import TINY, StableDiffusion
 from support.errors import UserError
+from support.log import write_log
 from support.verdict import BANDS, HINTS, Measurement, strongest_band, verdict
 from tools import plot
 from weights import load_controlnet, save_controlnet
@@ -115,7 +115,7 @@ def history(steps, iou_every):
     return entries
 
 
-def test_plots_of_logs(tmp_path):
+def test_plots_of_logs(tmp_path, monkeypatch, capsys):
     """A panel for what was logged: also without previews, from the middle on, or of nothing."""
     logs = {"whole": history(60, 20), "no previews": history(60, 100), "later": history(60, 20)[25:], "empty": []}
     heights = {}
@@ -124,19 +124,10 @@ def test_plots_of_logs(tmp_path):
         with Image.open(tmp_path / f"{name}.png") as picture:
             heights[name] = picture.height
     assert heights["all"] > 3 * heights["loss"]
-
-
-def test_command_that_plots_logs(tmp_path, monkeypatch, capsys):
-    logs = []
-    for name in ("default", "he"):
-        (tmp_path / name).mkdir()
-        logs.append(tmp_path / name / "log.jsonl")
-        logs[-1].write_text("".join(json.dumps(entry) + "\n" for entry in history(60, 20)))
-    run_main(monkeypatch, plot, *logs, "--output", tmp_path / "both.png")
-    assert "both.png" in capsys.readouterr().out
-    assert (tmp_path / "both.png").stat().st_size > 10_000
-    with pytest.raises(UserError, match="nowhere.jsonl has no entries"):
-        run_main(monkeypatch, plot, tmp_path / "nowhere.jsonl")
+    for name in ("whole", "later"):
+        write_log(tmp_path / f"{name}.jsonl", logs[name])
+    run_main(monkeypatch, plot, *tmp_path.glob("*.jsonl"), "--output", tmp_path / "both.png")
+    assert "both.png" in capsys.readouterr().out and (tmp_path / "both.png").stat().st_size > 10_000
 
 
 # Any ControlNet

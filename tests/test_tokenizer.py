@@ -38,22 +38,18 @@ def test_decode_takes_what_the_tokenizer_gives(tokenizer):
         tokenizer.decode([len(tokenizer.ids)])
 
 
-def test_cut(tokenizer):
-    assert len(tokenizer.encode("circle")) == 1
-    assert tokenizer.cut("") == tokenizer.cut("circle " * LIMIT) == ""
-    assert tokenizer.cut("circle " * LIMIT + "Red, blue") == "red , blue"
-
-
-def test_cut_inside_one_long_word(tokenizer):
-    word = "x" * (LIMIT + 25)
-    assert len(tokenizer.encode(word)) == len(word)  # no merge joins them
-    assert tokenizer.cut(word) == "x" * 25
-
-
-def test_cut_inside_a_character(tokenizer):
-    """20 times four bytes: 75 tokens hold 18 whole characters and three bytes of the next, so one byte is left over."""
-    assert len(tokenizer.encode("🎨" * 20)) == 80
-    assert tokenizer.cut("🎨" * 20) == "\ufffd🎨"
+@pytest.mark.parametrize(
+    ("text", "tokens", "rest"),
+    [
+        ("circle " * LIMIT, LIMIT, ""),
+        ("circle " * LIMIT + "Red, blue", LIMIT + 3, "red , blue"),
+        ("x" * (LIMIT + 25), LIMIT + 25, "x" * 25),  # one long word, in which no merge joins any
+        ("🎨" * 20, 80, "\ufffd🎨"),  # 75 tokens hold 18 characters of four bytes and three bytes of the next
+    ],
+)
+def test_cut(tokenizer, text, tokens, rest):
+    assert len(tokenizer.encode(text)) == tokens
+    assert tokenizer.cut(text) == rest
 
 
 @pytest.mark.parametrize("text", ["green square " * 50, "x" * 200, "ü" * 100, "日本語" * 40])
