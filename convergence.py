@@ -46,9 +46,9 @@ def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float
     """How far the hint moves the prediction, and whether in the right direction: (hint sensitivity, hint gap).
 
     own, other [B, 4, h, w]: ε_θ of the same noised latents, times and prompts, once with each pair's own hint and once
-    with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what
-    the other hint adds to the loss of equation (5). With zero convolutions both are exactly 0 before
-    the first step and after it: the hint encoder's moves in the second (notebook 1).
+    with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what the
+    other hint adds to the loss of equation (5). With zero convolutions both are exactly 0 before the first step and
+    after it: the hint encoder's moves in the second (notebook 1).
     """
     own, other, eps = (x.cpu().double() for x in (own, other, eps))  # to see a gap of 1e-9 beside a loss of 0.02
     sensitivity = (own - other).square().mean().sqrt()
