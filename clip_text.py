@@ -2,23 +2,21 @@
 
 import gzip
 import html
-import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import regex
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.text import repair
-
 MAX_LENGTH = 77  # token ids per prompt, start and end included
 NUM_MERGES = 48_894  # the published list is longer, but CLIP's vocabulary ends here
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+# What BPE works on, as published: special tokens, contractions, letters, single digits, the rest without white space.
+WORD = regex.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 @lru_cache
@@ -32,23 +30,8 @@ def byte_symbols() -> dict[int, str]:
     return symbols  # in the order of CLIP's vocabulary
 
 
-def split_words(text: str) -> list[str]:
-    """Split into the words that BPE works on: special tokens, contractions, letters, single digits, the rest."""
-    categories = (unicodedata.category(c)[0] for c in text)  # L for letters, N for numbers; marks count as the rest
-    classes = "".join(" " if c.isspace() else k if k in "LN" else "x" for c, k in zip(text, categories))
-    special = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
-    run = re.compile(r"L+|N|x+")
-    words, position = [], 0
-    while position < len(text):
-        match = special.match(text, position) or run.match(classes, position)
-        if match:
-            words.append(text[position : match.end()])
-        position = match.end() if match else position + 1
-    return words
-
-
 class Tokenizer:
-    """Text to CLIP's token ids and back, by byte-level byte-pair encoding; support/text.py says what differs."""
+    """Text to CLIP's token ids and back, by byte-level byte-pair encoding."""
 
     def __init__(self, merges: list[tuple[str, str]]):
         symbols = list(byte_symbols().values())
@@ -60,10 +43,7 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, path: str | Path) -> "Tokenizer":
-        """Read a merges.txt (a "#version" line, then one pair per line), or CLIP's published list as .gz.
-
-        Raises OSError if the file can't be read and ValueError if it is not a list of merges.
-        """
+        """Read a merges.txt (a "#version" line, then one pair per line), or CLIP's published list as .gz."""
         opener = gzip.open if Path(path).suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : NUM_MERGES + 1]
@@ -93,10 +73,11 @@ class Tokenizer:
         return self.cache[word]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text of any length, without start and end."""
-        text = html.unescape(html.unescape(repair(text)))  # twice, as OpenAI's CLIP does: &amp;lt; becomes <
-        text = " ".join(text.split()).lower()
-        return [i for word in split_words(text) for i in self.merge(word)]
+        """Token ids of a text of any length, without start and end; repaired first, as in OpenAI's CLIP."""
+        import ftfy  # not on top: that takes 50 ms, also of --help
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: &amp;lt; becomes <
+        return [i for word in WORD.findall(text.lower()) for i in self.merge(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids to text, a space between words; broken UTF-8 becomes U+FFFD. Raises IndexError for unknown ids."""
@@ -110,11 +91,8 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """Prompts to ids int64 [B, 77]: start, up to 75 tokens, end, padded with more ends."""
-        ids = torch.full((len(prompts), MAX_LENGTH), self.end)
-        for row, prompt in zip(ids, prompts):
-            tokens = [self.start, *self.encode(prompt)[: MAX_LENGTH - 2]]
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids
+        rows = [[self.start, *self.encode(prompt)[: MAX_LENGTH - 2]] for prompt in prompts]
+        return torch.tensor([row + [self.end] * (MAX_LENGTH - len(row)) for row in rows])
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Sudden convergence (Fig. 4), made visible: fixed held-out pairs that a training is judged by, again and again.
+"""Sudden convergence (Fig. 4), made visible, and whether any ControlNet hears its hint.
 
-The denoising loss hardly shows whether a ControlNet follows its hint. Samples of held-out hints do, and so do two
-figures that need no samples: hint sensitivity and hint gap.
+The denoising loss hardly shows whether a ControlNet follows its hint. Samples of held-out hints do, and so does what
+another pair's hint changes in the prediction: hint sensitivity and hint gap, which need no samples. train.py measures
+all of them on HeldOut pairs; `python convergence.py --controlnet FILE|RUN` the latter two, of any ControlNet.
 """
 
 import math
-from collections.abc import Iterator
+import re
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -14,29 +16,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from controlnet import ControlNet, Denoiser
-from data import Pairs
+from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
 from metrics import circle_iou, colour_error, is_circle_task
 from sample import generate
 from stable_diffusion import StableDiffusion
-from support.errors import run_command_line
+from support import options
+from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.errors import UserError, run_command_line
+from support.files import read_json
+from support.loading import load_decoders, locate_controlnet
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
-from support.plot import plot_logs
+from support.plot import plot_checkpoints, plot_logs
 from support.randomness import HELD_OUT, generator_for
+from support.reading import read_controlnet
+from support.sizes import own_metadata
+from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
+from vae import sample_latent
+from weights import CONTROLNETS, load_controlnet
 
 PREVIEWED = 8  # columns of a preview
-RESPONSE_TIMES = (200, 400, 600, 800)  # at which hint sensitivity and gap are measured, one held-out pair each
+RESPONSE_TIMES = (200, 400, 600, 800)  # at which train.py measures hint sensitivity and gap, one held-out pair each
 FOLLOWED = 0.7  # IoU from which on a sample counts as following its hint
-GROWTH, JUMP, EARLY, LEAD = 10, 0.5, 0.1, 1.6  # see growth_step, jump_step, forecast
+GROWTH = 10  # times its smallest value so far: then the hint sensitivity is growing
+JUMP = 0.5  # share of the held-out loss that another pair's hint adds when samples begin to follow their hints
 
 
 def hint_response(own: Tensor, other: Tensor, eps: Tensor) -> tuple[float, float]:
     """How far the hint moves the prediction, and whether in the right direction: (hint sensitivity, hint gap).
 
     own, other [B, 4, h, w]: ε_θ of the same noised latents, times and prompts, once with each pair's own hint and once
-    with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what
-    the other hint adds to the loss of equation (5). With zero convolutions both are exactly 0 before
-    the first step and after it: the hint encoder's moves in the second (notebook 1).
+    with another pair's; eps the true noise. The sensitivity is the root mean square of own - other. The gap is what the
+    other hint adds to the loss of equation (5). With zero convolutions both are exactly 0 before the first step and
+    after it: the hint encoder's moves in the second (notebook 1).
     """
     own, other, eps = (x.cpu().double() for x in (own, other, eps))  # to see a gap of 1e-9 beside a loss of 0.02
     sensitivity = (own - other).square().mean().sqrt()
@@ -54,10 +66,17 @@ class HeldOut:
 
     @torch.no_grad()
     def __init__(self, sd: StableDiffusion, pairs: Pairs, seed: int, folder: Path, previews: bool = True):
-        self.pairs, self.seed, self.folder, self.prompts = pairs, seed, folder, pairs.prompts
-        self.hints = torch.stack([pairs.hint(i) for i in range(len(pairs))])
-        self.targets = torch.stack([pairs.image(i) for i in range(len(pairs))])
-        self.fix_response_inputs(sd)
+        self.seed, self.folder, self.prompts = seed, folder, pairs.prompts
+        self.hints, self.targets = (torch.stack([f(i) for i in range(len(pairs))]) for f in (pairs.hint, pairs.image))
+        # What `response` feeds the model: one pair at each of RESPONSE_TIMES, and another pair's hint for it.
+        generator, chosen = generator_for(seed, HELD_OUT), [i % len(pairs) for i in range(len(RESPONSE_TIMES))]
+        z0 = sd.encode_images(self.targets[chosen].to(sd.device), generator)
+        self.eps = torch.randn(z0.shape, generator=generator).to(sd.device)
+        self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
+        self.z = NoiseSchedule(device=sd.device).add_noise(z0, self.eps, self.t)
+        self.own = self.hints[chosen].to(sd.device)
+        self.other = torch.stack([pairs.other_hint(i) for i in chosen]).to(sd.device)
+        self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
         if previews:
             self.sd, self.scored = sd, is_circle_task(self.hints, self.prompts)
             if not (step_0_file := folder / "step-0.png").exists():
@@ -65,18 +84,6 @@ class HeldOut:
                 save_picture(side_by_side([to_picture(image) for image in self.sample()]), step_0_file)
             self.step_0 = read_strip(step_0_file, len(pairs))
             self.base_scores = {f"base_{name}": score for name, score in self.scores(self.step_0).items()}
-
-    def fix_response_inputs(self, sd: StableDiffusion) -> None:
-        """What `response` feeds the model: one pair at each of RESPONSE_TIMES, and another pair's hint for it."""
-        generator = generator_for(self.seed, HELD_OUT)
-        chosen = [i % len(self.pairs) for i in range(len(RESPONSE_TIMES))]
-        z0 = sd.encode_images(self.targets[chosen].to(sd.device), generator)
-        self.eps = torch.randn(z0.shape, generator=generator).to(sd.device)
-        self.t = torch.tensor(RESPONSE_TIMES, device=sd.device)
-        self.z = NoiseSchedule(device=sd.device).add_noise(z0, self.eps, self.t)
-        self.own = self.hints[chosen].to(sd.device)
-        self.other = torch.stack([self.pairs.other_hint(i) for i in chosen]).to(sd.device)
-        self.context = sd.encode_prompts([self.prompts[i] for i in chosen])
 
     @torch.no_grad()
     def response(self, denoiser: Denoiser) -> dict[str, float]:
@@ -130,32 +137,31 @@ def growth_step(history: list[dict]) -> int | None:
     return None
 
 
-def means_of_three(history: list[dict]) -> Iterator[tuple[int, float, float, float]]:
-    """Step, hint sensitivity, hint gap and held-out loss, averaged over three measurements: single ones fluctuate."""
-    measured, fields = [e for e in history if "hint_gap" in e], ("hint_sensitivity", "hint_gap", "heldout_loss")
-    for three in zip(measured, measured[1:], measured[2:]):
-        yield three[-1]["step"], *(fmean(entry[field] for entry in three) for field in fields)
-
-
 def jump_step(history: list[dict]) -> int | None:
     """The first logged step by which another pair's hint raises the held-out loss by half, or None.
 
-    About then samples begin to follow their hints: docs/convergence.md has how exactly, and in which trainings.
+    That is of the mean of three measurements, as single ones fluctuate. About then samples begin to follow their
+    hints: docs/convergence.md has how exactly, and in which trainings.
     """
-    return next((step for step, _, gap, loss in means_of_three(history) if gap >= JUMP * loss), None)
-
-
-def forecast(history: list[dict]) -> tuple[int, int] | None:
-    """The first logged step at which jump_step can be forecast, and the forecast; None before.
-
-    Were the prediction with the own hint the best possible (the mean of ε), another hint would add the square of the
-    sensitivity to the loss, so the jump is near a sensitivity of sqrt(JUMP loss). At a tenth of it five eighths of the
-    steps are done: measured, no theory.
-    """
-    for step, sensitivity, _, loss in means_of_three(history):
-        if sensitivity >= EARLY * math.sqrt(JUMP * loss):
-            return step, round(LEAD * step)
+    measured = [entry for entry in history if "hint_gap" in entry]
+    for three in zip(measured, measured[1:], measured[2:]):
+        if fmean(entry["hint_gap"] for entry in three) >= JUMP * fmean(entry["heldout_loss"] for entry in three):
+            return three[-1]["step"]
     return None
+
+
+def milestones(history: list[dict]) -> list[str]:
+    """What the last entry of a log tells the user on the console, a line each."""
+    entry, lines = history[-1] if history else {}, []
+    if "hint_gap" in entry and growth_step(history) == entry["step"]:
+        lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
+    if "hint_gap" in entry and jump_step(history) == entry["step"]:
+        lines.append("the jump: another pair's hint raises the held-out loss by half, samples begin to follow their "
+                     "hints")  # fmt: skip
+    if "iou" in entry:
+        lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
+                     f"{entry['followed']:.0%} of hints followed")  # fmt: skip
+    return [f"step {entry['step']}: {line}" for line in lines]
 
 
 def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
@@ -164,7 +170,101 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
     plot_logs(histories, marks, path)
 
 
-if __name__ == "__main__":
-    from tools.listen import main  # judges any ControlNet by these figures
+@torch.no_grad()
+def measure(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int = 0) -> Measurement:
+    """Each pair at one time of each band, with the same times and noise for every ControlNet."""
+    schedule, rows, bands = NoiseSchedule(device=sd.device), {name: [] for name in (*HINTS, "moved")}, len(BANDS)
+    for i in range(len(pairs)):
+        generator, own, other = generator_for(seed, HELD_OUT, i), pairs.hint(i), pairs.other_hint(i)
+        if torch.equal(own, other):
+            raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
+        t = (torch.arange(bands) * WIDTH + torch.randint(WIDTH, (bands,), generator=generator)).to(sd.device)
+        moments = sd.vae.encode(pairs.image(i)[None].to(sd.device)).expand(bands, -1, -1, -1)
+        noise, eps = (torch.randn(moments[:, :4].shape, generator=generator).to(sd.device) for _ in range(2))
+        z = schedule.add_noise(sd.latent_scale * sample_latent(moments, noise), eps, t)
+        context = sd.encode_prompts([pairs.prompts[i]]).expand(bands, -1, -1)
+        with sd.autocast():
+            predicted = {"none": sd.unet(z, t, context)}
+            for name, hint in {"own": own, "other": other, "empty": torch.zeros_like(own)}.items():
+                condition = controlnet.hint_encoder(hint[None].to(sd.device)).expand(bands, -1, -1, -1)
+                predicted[name] = sd.unet(z, t, context, controlnet.residuals(z, condition, t, context))
+        errors = {name: predicted[name].cpu().double() - eps.cpu() for name in HINTS}
+        for name, error in (errors | {"moved": errors["own"] - errors["other"]}).items():
+            rows[name].append(error.square().mean(dim=(1, 2, 3)))
+    *losses, moved = (torch.stack(row) for row in rows.values())
+    return Measurement(dict(zip(HINTS, losses, strict=True)), moved)
 
+
+def find_checkpoints(source: str) -> tuple[dict[int | None, Path], dict]:
+    """What --controlnet means, and the options of train.py that it was trained with, as far as they are known.
+
+    A training's checkpoints and snapshots by step, ours or diffusers'; or a single ControlNet, as that of step None.
+    """
+    found, folder = {}, Path(source)
+    for place in ("snapshots/step-*", "step-*", "checkpoints/step-*", "checkpoint-*/controlnet"):
+        for path in folder.glob(place):
+            if match := re.search(r"(?:step|checkpoint)-(\d+)(?:/controlnet|\.safetensors)?$", path.as_posix()):
+                found[int(match[1])] = path
+    if found:
+        config = folder / "config.json"
+        return dict(sorted(found.items())), read_json(config) if config.is_file() else {}
+    path = locate_controlnet(source)
+    return {None: path}, own_metadata(read_controlnet(path, CONTROLNETS)[2], "config")
+
+
+def parse_arguments():
+    parser = options.ArgumentParser(prog="convergence.py", description="Measure whether a ControlNet hears its hint.")
+    add = parser.add_argument
+    add("--base", help="as for sample.py (default: the one that it was trained on, if it is from train.py; else tiny)")
+    add("--controlnet", required=True, help="as for sample.py, or a training's folder, with snapshots or checkpoints")
+    add("--data", help="as for train.py; of a folder, its last pairs (default: what it was trained on, or the base's)")
+    add("--pairs", type=options.number(int, lambda n: n > 1, "a whole number above 1"), default=32, help="default: 32")
+    options.add_placing(parser)  # --precision, --resolution, --device
+    add("--seed", type=options.seed, default=0, help="of noise and times")
+    add("--output", type=options.png, default=Path("convergence.png"), help="the curve over a folder's checkpoints")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = choose_device(args.device)
+    checkpoints, trained_with = find_checkpoints(args.controlnet)
+    for name in ("base", "data", "resolution"):
+        setattr(args, name, getattr(args, name) or trained_with.get(name))
+    sd = StableDiffusion.load(args.base or "tiny")
+    args = options.with_defaults(args, sd.preset)
+    if args.data in (*DRAWN_PAIRS, "fill50k"):
+        pairs = open_pairs(args.data, args.resolution, 0, args.pairs)[1]
+        spared = len(pairs)
+    else:
+        all_pairs = PairedImages(args.data, args.resolution)
+        pairs, spared = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10  # at most: data.open_pairs
+    if len(pairs) < 2:
+        raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
+    if "data" in trained_with and Path(trained_with["data"]).resolve() == Path(args.data).resolve():
+        unseen = min(trained_with["validation_hints"], spared)
+        if args.data not in DRAWN_PAIRS and unseen < len(pairs):
+            print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
+                  "train with more --validation-hints, or take fewer --pairs", file=sys.stderr)  # fmt: skip
+    warn_if_slow(sd.unet, device)
+    precision = sampling_precision(args.precision, device)
+    print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
+    measured = {}
+    for step, path in checkpoints.items():
+        controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
+        if load_decoders(sd, [path]) and not measured:
+            print("its decoder was trained too: the column none is the base with that decoder")
+        place_for_sampling(sd, [controlnet], device, precision)
+        measured[step] = measure(sd, controlnet, pairs, args.seed)
+        if step is None:
+            print_table(measured[step])
+            print(f"{path}: {verdict(measured[step])}")
+        else:
+            print(f"step {step}: {summary(measured[step])}; {verdict(measured[step])}")
+    if None not in checkpoints:
+        plot_checkpoints(measured, args.output)
+        print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
     run_command_line(main, "a lower --resolution")

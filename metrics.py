@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ def circle_distance(hint: Tensor) -> Tensor:
     The circle is fitted to the bright pixels (least squares on x² + y² = 2ax + 2by + c), so one that the border
     clips is found whole. Raises ValueError when they lie on no circle.
     """
-    ring = hint.mean(dim=0).double()
+    ring = hint.cpu().mean(dim=0).double()
     bright = ring > 0.3  # a real ring, 5 pixels wide at 512, is partly grey at 128
     y, x = (torch.nonzero(bright).T + 0.5).double()
     if len(x) < 8:  # too few for the fit to mean anything
@@ -29,34 +28,32 @@ def circle_distance(hint: Tensor) -> Tensor:
     radius = (c + a**2 + b**2).clamp(min=0).sqrt()
     if not (torch.hypot(x - a, y - b) - radius).abs().max() <= max(2, 0.02 * hint.shape[-1]):
         raise ValueError("the hint shows no circle")
-    rows, columns = (torch.arange(side, dtype=torch.float64) + 0.5 for side in hint.shape[1:])
-    return torch.hypot(columns[None] - a, rows[:, None] - b) - radius
+    y, x = (torch.arange(side, dtype=torch.float64) + 0.5 for side in hint.shape[1:])
+    return torch.hypot(x[None] - a, y[:, None] - b) - radius
 
 
 def prompt_colours(prompt: str) -> Tensor:
     """The colours of disc and background that a fill50k prompt names: [2, 3] in [0, 1]. Raises ValueError if none."""
-    names = re.fullmatch(rf"(.+) (?:{'|'.join(SHAPES)}) with (.+) background", prompt.strip())
-    if not names:
+    if not (names := re.fullmatch(rf"(.+) (?:{'|'.join(SHAPES)}) with (.+) background", prompt.strip())):
         raise ValueError(f"no colours in {prompt!r}")
-    return torch.from_numpy(np.stack([css_colour(name) for name in names.groups()])) / 255
+    return torch.stack([torch.from_numpy(css_colour(name)) for name in names.groups()]) / 255
 
 
 def is_circle_task(hints: Tensor, prompts: list[str]) -> bool:
-    """Whether circle_iou and colour_error can judge all these pairs."""
+    """Whether circle_iou and colour_error can judge all these pairs: they are tried."""
     try:
-        for hint, prompt in zip(hints, prompts):
-            circle_distance(hint), prompt_colours(prompt)
+        colour_error(hints, hints, prompts)
+        return True
     except ValueError:
         return False
-    return True
 
 
 def segment(image: Tensor) -> Tensor:
     """What stands out from the background of an image [3, H, W] in [-1, 1]: bool [H, W].
 
-    The background is the median colour of the outermost pixels, the foreground the median of those pixels that
-    differ from it by more than half of the largest difference (the 98th percentile, against specks); then each pixel
-    belongs to the nearer of the two (mean absolute difference). One flat colour has no foreground.
+    The background is the median colour of the outermost pixels, the foreground the median of those pixels that differ
+    from it by more than half of the largest difference (the 98th percentile, against specks); then each pixel belongs
+    to the nearer of the two (mean absolute difference). One flat colour has no foreground.
     """
     image = image.float().cpu() / 2 + 0.5
     frame = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
@@ -66,36 +63,29 @@ def segment(image: Tensor) -> Tensor:
     if not far.any():
         return far
     foreground = image[:, far].median(dim=1).values[:, None, None]
-    if (foreground - background).abs().mean() < FLAT:
-        return torch.zeros_like(far)
-    return (image - foreground).abs().mean(dim=0) < distance
+    visible = (foreground - background).abs().mean() >= FLAT
+    return visible & ((image - foreground).abs().mean(dim=0) < distance)
 
 
 def circle_iou(images: Tensor, hints: Tensor) -> Tensor:
     """How well the painted disc covers the hinted one: intersection over union, [B], 1 = exactly.
 
-    images [B, 3, H, W] in [-1, 1]; hints [B, 3, H, W] in [0, 1], rings, drawn here or fill50k's own. The hinted disc
-    is the one inside the hint's circle (circle_distance), the painted one what stands out in the image (segment),
-    whatever its colour. Raises ValueError for a hint that shows no circle.
+    images [B, 3, H, W] in [-1, 1]; hints [B, 3, H, W] in [0, 1], rings, drawn here or fill50k's own. The painted disc
+    is what stands out in the image (segment), whatever its colour.
     """
-    scores = []
-    for image, hint in zip(images, hints, strict=True):
-        painted, hinted = segment(image), circle_distance(hint.cpu()) <= 0
-        scores.append((painted & hinted).sum() / (painted | hinted).sum())
-    return torch.stack(scores).float()
+    pairs = [(segment(image), circle_distance(hint) <= 0) for image, hint in zip(images, hints, strict=True)]
+    return torch.stack([(painted & hinted).sum() / (painted | hinted).sum() for painted, hinted in pairs]).float()
 
 
 def colour_error(images: Tensor, hints: Tensor, prompts: list[str]) -> Tensor:
     """Mean absolute error [B, 2] of the colours inside and outside the hinted disc, 0 to 1 of the range.
 
-    images and hints as for circle_iou; the wanted colours are the prompt's. Pixels within 2 % of the side from the
-    outline are left out. Raises ValueError for a hint without a circle or a prompt without two colours.
+    images and hints as for circle_iou; the wanted colours are the prompt's. Pixels near the outline are left out.
     """
     errors = []
     for image, hint, prompt in zip(images, hints, prompts, strict=True):
-        distance, margin = circle_distance(hint.cpu()), EDGE * hint.shape[-1]
-        wanted = prompt_colours(prompt)[..., None]
-        image = image.float().cpu() / 2 + 0.5
-        regions = (distance < -margin, distance > margin)
-        errors.append(torch.stack([(image[:, r] - colour).abs().mean() for r, colour in zip(regions, wanted)]))
+        distance, margin = circle_distance(hint), EDGE * hint.shape[-1]
+        wanted, image = prompt_colours(prompt)[..., None], image.float().cpu() / 2 + 0.5
+        inside, outside = image[:, distance < -margin], image[:, distance > margin]
+        errors.append(torch.stack([(inside - wanted[0]).abs().mean(), (outside - wanted[1]).abs().mean()]))
     return torch.stack(errors)

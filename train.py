@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from controlnet import ControlNet, Denoiser
-from convergence import HeldOut, plot_convergence
+from convergence import HeldOut, milestones, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
@@ -23,7 +23,6 @@ from support import options
 from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, usable_cpus, warn_if_slow
 from support.errors import UserError, run_command_line
-from support.news import news
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
@@ -151,7 +150,7 @@ def train(
         if run.due(step, args.snapshot_steps):
             export(args, run, denoiser, snapshot=True)
         run.log(entry)
-        run.say(*news(run.history))
+        run.say(*milestones(run.history))
         if run.due_to_save(step):
             run.save()
             export(args, run, denoiser)
@@ -180,7 +179,7 @@ def finish(args: Namespace, run: Run, denoiser: Denoiser, held_out: HeldOut) -> 
         plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     if run.step == args.max_train_steps and args.validation_steps and run.step % args.validation_steps:
         # Said, but not logged: a longer run that is resumed from here would not have it in its log.
-        run.say(*news([{"step": run.step} | held_out.preview(denoiser.controlnet, run.step)]))
+        run.say(*milestones([{"step": run.step} | held_out.preview(denoiser.controlnet, run.step)]))
     run.say_what_next(held_out.prompts[0])
 
 

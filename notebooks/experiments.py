@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from animation import COLUMNS, animate, cut
 
 from controlnet import ControlNet, Denoiser
-from convergence import HeldOut, plot_convergence
+from convergence import HeldOut, measure, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_iou, colour_error
 from sample import generate
@@ -33,7 +33,7 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import contact_sheet, save_picture, side_by_side, to_picture
-from tools.listen import listen, loudest, noise_pairs
+from support.verdict import strongest_band
 from weights import load_controlnet
 
 RUNS, DOCS, LOGS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs"
@@ -156,10 +156,10 @@ def score(run: str, seed: int, step: int, prompt: str = "perfect") -> dict:
 
 def score_seeds() -> list[dict]:
     """Loss of equation (5) in eight bands of t before the jump and after it, and without a ControlNet: same noise."""
-    noised, rows = noise_pairs(base(), DrawnImages(32, 128, DRAWN_HELD_OUT)), []
+    pairs, rows = DrawnImages(32, 128, DRAWN_HELD_OUT), []
     for seed in range(5):
         for step in LOSS_STEPS:
-            loss = listen(base(), controlnet_at("seed", seed, step), noised).loss
+            loss = measure(base(), controlnet_at("seed", seed, step), pairs).loss
             means = {name: [round(band, 6) for band in loss[name].mean(dim=0).tolist()] for name in ("own", "none")}
             rows.append({"seed": seed, "step": step} | means)
     return rows
@@ -211,11 +211,11 @@ def distance(controlnet: ControlNet) -> float:
 
 
 def score_verdict() -> list[dict]:
-    """What another hint adds to the loss, by which tools/listen.py judges, beside what samples do."""
-    noised, rows = noise_pairs(base(), held_out()[0]), []
+    """What another hint adds to the loss, by which convergence.py judges, beside what samples do."""
+    rows = []
     for seed in range(3):
         for step in range(40, EQUAL + 1, 10):
-            adds, error, band = loudest(listen(base(), controlnet_at("seed", seed, step), noised))
+            adds, error, band = strongest_band(measure(base(), controlnet_at("seed", seed, step), held_out()[0]))
             heard = {"adds": round(adds, 3), "error": round(error, 3), "band": band}
             rows.append(score("seed", seed, step) | heard)
     return rows

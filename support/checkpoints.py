@@ -162,8 +162,14 @@ def is_checkpoint(path: Path) -> bool:
 
 def read_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The ControlNet in a checkpoint, under our names, with no metadata. Raises UserError."""
-    tensors, _ = read_tensors(path / STATE)
-    own, trained = "trained.controlnet.", [name for name in tensors if name.startswith("trained.")]
-    if not all(name.startswith(own) for name in trained):
-        raise UserError(f"{path} holds a trained decoder too: pass the run's controlnet.safetensors")
-    return {name.removeprefix(own): tensors[name] for name in trained}, {}
+    own = "trained.controlnet."
+    return {k.removeprefix(own): tensor for k, tensor in read_tensors(path / STATE)[0].items() if k.startswith(own)}, {}
+
+
+def read_decoder(path: Path) -> dict[str, Tensor]:
+    """The UNet's decoder in a checkpoint, or in its file, under our names; empty unless it was trained."""
+    path = path / STATE if path.is_dir() else path
+    if path.name != STATE or not path.is_file():
+        return {}
+    tensors, others = read_tensors(path)[0], ("trained.controlnet.", "optimizer.")
+    return {name.removeprefix("trained."): tensor for name, tensor in tensors.items() if not name.startswith(others)}

@@ -6,12 +6,13 @@ import torch
 
 from controlnet import ControlNet
 from stable_diffusion import StableDiffusion
+from support.checkpoints import read_decoder
 from support.devices import describe, place_for_sampling, warn_if_slow
 from support.diffusers_format import CONTROLNET_FILES
 from support.errors import UserError
 from support.files import read_tensors
 from support.hub import locate
-from weights import load_controlnet, load_official, official_state_dict
+from weights import load_controlnet, load_official, official_names, official_state_dict
 
 
 def locate_controlnet(source: str | Path) -> Path:
@@ -36,8 +37,8 @@ def load_to_sample(
 
 
 def brings_decoder(path: Path) -> bool:
-    """Whether a decoder that was trained with it (train.py --unlock-decoder) is in a ControlNet's file."""
-    return not path.is_dir() and "unlock_decoder" in read_tensors(path)[1]
+    """Whether a decoder that was trained with it (train.py --unlock-decoder) comes with a ControlNet."""
+    return bool(read_decoder(path)) or (path.is_file() and "unlock_decoder" in read_tensors(path)[1])
 
 
 def load_decoders(sd: StableDiffusion, paths: list[Path]) -> bool:
@@ -45,9 +46,10 @@ def load_decoders(sd: StableDiffusion, paths: list[Path]) -> bool:
 
     Raises UserError if two ControlNets bring one.
     """
-    marked = [path for path in paths if brings_decoder(path)]
+    marked, names = [path for path in paths if brings_decoder(path)], official_names(sd.unet)
     if len(marked) > 1:
         raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
     for path in marked:
-        load_official(sd.unet, official_state_dict(sd.unet) | read_tensors(path)[0], str(path))
+        tensors = {names[name]: tensor for name, tensor in read_decoder(path).items()} or read_tensors(path)[0]
+        load_official(sd.unet, official_state_dict(sd.unet) | tensors, str(path))
     return bool(marked)

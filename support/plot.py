@@ -1,10 +1,11 @@
-"""The plot of a training, from its log."""
+"""Plots of a training: from its log, and from what was measured on its checkpoints."""
 
 from pathlib import Path
 
 import numpy as np
 
 from support.files import write_atomically
+from support.verdict import DOUBLED, Measurement, strongest_band
 
 PANELS = {  # field of the log -> title
     "loss": "training loss, equation (5): mean of 25 steps",
@@ -55,4 +56,26 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
     axes[-1].set_xlabel("optimizer step")
     if len(histories) > 1:
         axes[0].legend(fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+
+
+def plot_checkpoints(measured: dict[int, Measurement], path: Path) -> None:
+    """Loss, sensitivity, and what another hint adds to the loss, over the steps, with two standard errors, as a PNG."""
+    from matplotlib.figure import Figure
+
+    curves = {
+        "loss, equation (5)": [one.figures()["own"] for one in measured.values()],
+        "hint sensitivity": [one.figures()["sensitivity"] for one in measured.values()],
+        "share that another hint\nadds to the loss": [strongest_band(one)[:2] for one in measured.values()],
+    }
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots(len(curves), 1, sharex=True)
+    for axis, (name, points) in zip(axes, curves.items()):
+        means, errors = zip(*points)
+        axis.errorbar(list(measured), means, [2 * error for error in errors], fmt="o-", ms=3)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("symlog", linthresh=1e-6)  # 0 before training
+    axes[2].axhline(DOUBLED, color="0.5", linestyle="--", linewidth=0.8)
+    axes[2].set_xlabel("optimizer step")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))

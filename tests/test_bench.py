@@ -1,95 +1,113 @@
-"""The benchmark compares equal work, and its commands run. No test looks at a time."""
+"""The benchmark compares equal work, and its command runs. No test looks at a time."""
 
-import contextlib
-import subprocess
-import sys
 from argparse import Namespace
+from functools import partial
 
+import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
-from standin import ROOT
+from standin import run_main
 
-from controlnet import ControlNet, Denoiser
-from data import DrawnImages
+from controlnet import ControlNet
 from diffusion import NoiseSchedule
-from stable_diffusion import SD15, TINY, TINY_FILE, StableDiffusion
+from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+from support.devices import PRECISIONS
 from support.errors import UserError
-from tools import versus_diffusers
-from tools.bench import count, refuse_if_busy
+from tools import bench, versus_diffusers
 from weights import DIFFUSERS, save_controlnet
 
 
-def test_both_sides_do_the_same_work(tmp_path, monkeypatch):
-    """Same latents, noise and t: the same loss and the same gradients in diffusers' training step and here."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
-
-    sd = StableDiffusion.load("tiny").requires_grad_(False)
+@pytest.fixture
+def in_float64(tmp_path, monkeypatch):
+    """Our ControlNet and theirs: both sides have the same networks, prompts and schedule, and cast to no less."""
+    ids = torch.tensor([[864, 5, 320, 7] + 73 * [865]] * 3)
+    sd = StableDiffusion.load("tiny").requires_grad_(False).double()
+    sizes = {"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text, "latent_scale": TINY.latent_scale}
+    versus_diffusers.write_config(tmp_path, sizes, sd.tokenizer)
+    pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+        str(TINY_FILE), config=str(tmp_path), local_files_only=True, safety_checker=None
+    )
+    parts = [part.double().requires_grad_(False) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
     torch.manual_seed(0)
-    controlnet = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
-    for conv in (*controlnet.zero_convs, controlnet.middle_zero_conv, controlnet.hint_encoder[-1]):
+    ours = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
+    for conv in (*ours.zero_convs, ours.middle_zero_conv, ours.hint_encoder[-1]):
         torch.nn.init.normal_(conv.weight, std=0.05)  # as if trained, so that every tensor has a gradient
-    versus_diffusers.models(TINY)[0].save_config(tmp_path / "unet")
-    unet = UNet2DConditionModel.from_single_file(str(TINY_FILE), config=str(tmp_path / "unet"), local_files_only=True)
-    unet.requires_grad_(False)
-    save_controlnet(controlnet, tmp_path / "controlnet", layout="diffusers")
-    theirs = ControlNetModel.from_pretrained(tmp_path / "controlnet").train()
+    save_controlnet(ours, tmp_path / "controlnet", layout="diffusers")
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet", torch_dtype=torch.float64)
+    schedule, their_schedule = NoiseSchedule(), diffusers.DDPMScheduler
 
-    pairs = DrawnImages(3, 64)
-    images, hints = (torch.stack([part(i) for i in range(3)]) for part in (pairs.image, pairs.hint))
-    z0, context = sd.encode_images(images), sd.encode_prompts(pairs.prompts)
-    eps, t = torch.randn(z0.shape), torch.tensor([20, 400, 900])
-    z_t = NoiseSchedule().add_noise(z0, eps, t)
-    loss = F.mse_loss(Denoiser(sd.unet, controlnet)(z_t, t, context, hints), eps)
-    loss.backward()
+    def exact(**settings):
+        scheduler = their_schedule(**settings)
+        # a product of 1,000 float32 factors: each is rounded, and so is each step of the product
+        torch.testing.assert_close(
+            scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=2000 * 2**-23, atol=0
+        )
+        scheduler.alphas_cumprod = schedule.alphas_cumprod
+        return scheduler
 
-    noisy = DDPMScheduler(**versus_diffusers.BETAS).add_noise(z0, eps, t)
-    down, middle = theirs(noisy, t, context, controlnet_cond=hints, return_dict=False)
-    predicted = unet(
-        noisy, t, context, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
-    )[0]
-    their_loss = F.mse_loss(predicted, eps)
-    their_loss.backward()
-
-    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-5)
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    assert len(gradients) == 340
-    # Of the tensor's norm, in float32: sums in another order. Where nearly all cancels, as in the queries and keys of
-    # deep blocks, the rounding of what was summed is left: a millionth of the whole gradient.
-    whole = torch.nn.utils.get_total_norm(gradients.values())
-    for name, parameter in controlnet.named_parameters():
-        other = gradients[DIFFUSERS[ControlNet][0].theirs(name)]
-        assert (parameter.grad - other).norm() <= 1e-4 * other.norm() + 1e-6 * whole, name
+    monkeypatch.setattr(sd, "tokenizer", lambda prompts: ids)
+    monkeypatch.setattr(bench, "networks", lambda args, device: (sd, ours))
+    monkeypatch.setattr(versus_diffusers, "networks", lambda args, device: (*parts, theirs))
+    monkeypatch.setattr(diffusers, "DDPMScheduler", exact)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setitem(PRECISIONS, "fp32", torch.float64)
+    for draw in ("rand", "randn"):
+        monkeypatch.setattr(torch, draw, partial(getattr(torch, draw), dtype=torch.float64))
+    return ours, theirs, ids
 
 
-def test_counting():
-    """Linear in the batch; checkpointing keeps little; 2.265 TFLOP for a locked step on one 512x512 image."""
-    flops, kept = count(SD15, 1, 512)
-    assert flops == pytest.approx(2.265e12, rel=0.002)
-    assert count(SD15, 2, 512) == (pytest.approx(2 * flops, rel=1e-3), pytest.approx(2 * kept, rel=1e-3))
-    assert count(SD15, 1, 512, checkpointing=True)[1] < kept / 5
+def one_step(training, controlnet, ids):
+    """The gradients of a benchmark's training step, and how far it moves the weights, in learning rates."""
+    before, gradients = {name: p.detach().clone() for name, p in controlnet.named_parameters()}, {}
+
+    def lap(part):
+        if part == "backward":
+            gradients.update((name, p.grad.clone()) for name, p in controlnet.named_parameters())
+
+    args = Namespace(work="train", preset=TINY, precision="fp32", batch_size=3, size=(64, 64), ids=ids)
+    torch.manual_seed(0)
+    training(Namespace(gradient_checkpointing=False, **vars(args)), torch.device("cpu"))(lap)
+    after = dict(controlnet.named_parameters())
+    return gradients, {name: (after[name].detach() - p) / TINY.learning_rate for name, p in before.items()}
 
 
-def test_command_line():
-    command = [sys.executable, "-m", "tools.bench", "tiny", "--gradient-checkpointing"]
-    command += ["--steps", "1", "--rounds", "1", "--resolution", "64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    lines = done.stdout.splitlines()
-    parts = {line.split(",")[0].strip() for line in lines if ", s " in line}
-    assert parts == {"latents", "encode", "forward", "backward", "optimizer"}
-    if done.returncode:  # on a machine that has other things to do
-        assert done.stderr.startswith("error: no ratio: the machine was busy"), done.stderr
-    else:
-        assert lines[-1].startswith("ratio time ") and ", memory " in lines[-1]
+@pytest.mark.filterwarnings("ignore:In CPU autocast")  # there is none to float64
+def test_both_sides_do_the_same_work(in_float64):
+    """The same pictures, noise and t give the same gradients, and the same weights after the optimizer's step.
+
+    float64 rounds by 1e-16: sums in another order differ by less than 1e-12 of the whole gradient on any processor,
+    and work that differs by 1e-3 and more. Adam's first step is g / (|g| + 1e-8) learning rates, beside weight decay,
+    so an error of g counts at most 1e8-fold in it.
+    """
+    ours, theirs, ids = in_float64
+    gradients, moved = one_step(bench.training, ours, ids)
+    their_gradients, they_moved = one_step(versus_diffusers.training, theirs, ids)
+    assert len(gradients) == len(their_gradients) == 340
+    whole = torch.nn.utils.get_total_norm(their_gradients.values())
+    for name, gradient in gradients.items():
+        other = DIFFUSERS[ControlNet][0].theirs(name)
+        assert (gradient - their_gradients[other]).abs().max() <= 1e-12 * whole, name
+        assert (moved[name] - they_moved[other]).abs().max() <= 1e-4 * whole, name
 
 
-@pytest.mark.parametrize(
-    ("running", "seconds", "quiet"),
-    [(0.95, [[1.0, 1.1], [2.0, 2.1]], True), (0.5, [[1.0, 1.1], [2.0, 2.1]], False), (0.95, [[1, 2.2], [2, 2]], False)],
-)
-def test_a_busy_machine_gives_no_ratio(running, seconds, quiet):
-    results = [[{"seconds": [s, s], "running": running} for s in rounds] for rounds in seconds]
-    refuse_if_busy(Namespace(work="load", device="cpu"), [[r | {"seconds": [1]} for r in side] for side in results])
-    with contextlib.nullcontext() if quiet else pytest.raises(UserError, match="no ratio: the machine was busy"):
-        refuse_if_busy(Namespace(work="train", device="cpu"), results)
+def test_command_line(monkeypatch, capsys):
+    """Also on a machine that has other things to do, where it would give no ratio."""
+    monkeypatch.setattr(bench, "QUIET", 0.0)
+    options = ["--gradient-checkpointing", "--steps", "1", "--rounds", "1", "--resolution", "64", "--batch-size", "1"]
+    run_main(monkeypatch, bench, "tiny", *options)
+    lines = capsys.readouterr().out.splitlines()
+    parts = {line.split(",")[0].strip() for line in lines if ", s, mean " in line}
+    assert parts == {"encode", "forward", "backward", "optimizer"}
+    assert lines[-1].startswith("ratio time ") and ", memory " in lines[-1]
+    with pytest.raises(UserError, match="sampling has no backward pass"):
+        run_main(monkeypatch, bench, "sample", *options)
+
+
+def test_a_busy_machine_gives_no_ratio(capsys):
+    args = Namespace(work="sample", batch_size=1, resolution=64, precision="fp32")
+    rounds = [Namespace(parts={"sampling": [s, s]}, running=0.9, peak=3e9) for s in (1.0, 2.0, 3.0)]
+    bench.report(args, (rounds, rounds[2:]))
+    assert capsys.readouterr().out.splitlines()[-1] == "ratio time 0.67, memory 1.00"
+    rounds[1].running = 0.5
+    with pytest.raises(UserError, match="no ratio: the machine was busy, a side ran 50% of the time"):
+        bench.report(args, (rounds, rounds[2:]))

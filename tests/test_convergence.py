@@ -1,49 +1,68 @@
-"""What a log tells of sudden convergence, and its plot."""
+"""Sudden convergence: what is measured, what a log tells, and verdicts on ControlNets whose answer is known."""
 
-import json
-import sys
-from statistics import fmean, median
+import shutil
 
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT
+from standin import ROOT, SAMPLE, run_main
+from torch import Tensor
 
+import convergence
+import train
 from controlnet import ControlNet, Denoiser
-from convergence import LEAD, HeldOut, forecast, growth_step, hint_response, jump_step, plot_convergence
-from data import DrawnImages
-from stable_diffusion import StableDiffusion
+from convergence import HeldOut, growth_step, hint_response, jump_step, measure, milestones, plot_convergence
+from data import DRAWN_HELD_OUT, DrawnImages
+from stable_diffusion import TINY, StableDiffusion
 from support.errors import UserError
-from support.log import read_log
-from support.news import news
+from support.log import write_log
+from support.verdict import BANDS, HINTS, Measurement, strongest_band, verdict
 from tools import plot
+from weights import load_controlnet, save_controlnet
+
+SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion.load("tiny").requires_grad_(False)
+
+
+def untrained(sd):
+    return ControlNet.from_unet(sd.unet, TINY.hint_channels, "he").requires_grad_(False)
+
+
+# While a ControlNet trains
 
 
 def test_hint_response():
     eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert hint_response(eps, eps, eps) == (0, 0)
+    # Its inputs are float32: 0.5 is added with an error of 2^-24 of a number below 4.
     assert hint_response(eps, eps + 0.5, eps) == pytest.approx((0.5, 0.25), rel=1e-6)
     assert hint_response(eps + 0.5, eps, eps) == pytest.approx((0.5, -0.25), rel=1e-6)  # the wrong hint is better
-    # float32 would lose a gap of 1e-10 beside a loss of 1
-    sensitivity, gap = hint_response(eps + 1, eps + 1 + 2**-20, eps)
-    assert sensitivity == pytest.approx(2**-20, rel=0.1)
-    assert gap == pytest.approx(2**-19, rel=0.1)
+    # float32 would lose a gap of 2e-6 beside a loss of 1
+    one, more = torch.ones(4, 4, 8, 8), torch.full((4, 4, 8, 8), 1 + 2**-20)
+    assert hint_response(one, more, torch.zeros_like(one)) == (2**-20, 2**-19 + 2**-40)
 
 
-class TwoCaptions(DrawnImages):
-    """Two pairs for each hint."""
+def test_the_other_hint_is_another_hint(sd, tmp_path):
+    """Pairs may share a hint, with other captions."""
 
-    def hint(self, index):
-        return super().hint(index // 2 * 2)
+    class TwoCaptions(DrawnImages):
+        def hint(self, index):
+            return super().hint(index // 2 * 2)
 
-
-def test_the_other_hint_is_another_hint(tmp_path):
-    sd = StableDiffusion.load("tiny").requires_grad_(False)
-    held_out = HeldOut(sd, TwoCaptions(6, 64), 0, tmp_path, previews=False)
+    pairs = TwoCaptions(6, 64)
+    assert torch.equal(pairs.other_hint(0), pairs.hint(2)) and torch.equal(pairs.other_hint(5), pairs.hint(0))
+    held_out = HeldOut(sd, pairs, 0, tmp_path, previews=False)
     assert all((own != other).any() for own, other in zip(held_out.own, held_out.other, strict=True))
-    denoiser = Denoiser(sd.unet, ControlNet.from_unet(sd.unet, sd.preset.hint_channels))
+    denoiser = Denoiser(sd.unet, untrained(sd))
     assert held_out.response(denoiser)["hint_sensitivity"] == 0
-    assert HeldOut(sd, TwoCaptions(2, 64), 0, tmp_path, previews=False).response(denoiser) == {}
+    alike = TwoCaptions(2, 64)
+    assert HeldOut(sd, alike, 0, tmp_path, previews=False).response(denoiser) == {}
+    with pytest.raises(UserError, match="all 2 pairs have the same hint"):
+        measure(sd, untrained(sd), alike)
 
 
 def measured(*sensitivities, gap=0.0):
@@ -72,45 +91,16 @@ def test_jump_is_half_of_the_loss_in_three_measurements():
     assert jump_step([{"step": 1, "loss": 0.1}, *entries[3:]]) == 60
 
 
-def test_forecast_waits_for_a_tenth_of_the_level():
-    """With a loss of 0.02 samples follow at a sensitivity of 0.1: the forecast comes at 0.01, in three measurements."""
-    rising = measured(1e-4, 1e-3, 5e-3, 8e-3, 1.1e-2, 1.3e-2, 3e-2)
-    assert forecast(rising[:5]) is None
-    assert forecast(rising[:6]) == forecast(rising) == (50, 80)
-    assert forecast(measured(1e-4, 1e-4, 2.5e-2, 1e-4)) is None  # a spike
-    assert forecast([]) is None
-
-
-def test_what_is_said_when():
-    entries = measured(1e-4, 1e-4, 1e-4, 5e-3, 1e-2, 2e-2, 5e-2)
-    assert news(entries[:4]) == news(entries[:5]) == []
-    assert news(entries[:6]) == [
-        "step 50: the hint sensitivity is growing: 2.0e-02",
-        "step 50: samples begin to follow their hints at about step 80, give or take a third",
-    ]
-    assert news(entries) == news([]) == []
-
-
-def test_forecast_error():
-    """Ten seeds with batches of 8, which LEAD is fitted on: each jump, from a factor fitted on the other nine.
-
-    And the five default trainings, which it is not fitted on. The figures are those of docs/convergence.md.
-    """
-    found = {}
-    for path in sorted((ROOT / "docs" / "logs").glob("forecast-*.jsonl")):
-        entries = read_log(path)
-        found[path.stem] = (forecast(entries)[0], jump_step(entries))
-    assert len(found) == 10
-    factors = {name: jump / early for name, (early, jump) in found.items()}
-    errors = [
-        abs(median(other for key, other in factors.items() if key != name) / factor - 1)
-        for name, factor in factors.items()
-    ]
-    assert fmean(errors) == pytest.approx(0.158, abs=0.001) and max(errors) == pytest.approx(0.275, abs=0.001)
-    assert median(factors.values()) == pytest.approx(LEAD, abs=0.02)
-    defaults = [read_log(ROOT / "docs" / "logs" / f"seed-{seed}.jsonl") for seed in range(5)]
-    errors = [abs(forecast(entries)[1] / jump_step(entries) - 1) for entries in defaults]
-    assert min(errors) == pytest.approx(0.015, abs=0.001) and max(errors) == pytest.approx(0.252, abs=0.001)
+def test_milestones():
+    entries = measured(1e-4, 1e-4, 1e-4, 5e-3, 1e-2, 2e-2) + measured(*[5e-2] * 9, gap=0.01)[6:]
+    assert [milestones(entries[:n]) for n in range(6)] == [[]] * 6
+    assert milestones(entries[:6]) == ["step 50: the hint sensitivity is growing: 2.0e-02"]
+    assert milestones(entries[:8]) == []
+    assert milestones(entries[:9]) == ["step 80: the jump: another pair's hint raises the held-out loss by half, "
+                                       "samples begin to follow their hints"]  # fmt: skip
+    scored = {"step": 90, "iou": 0.5, "base_iou": 0.25, "followed": 0.25}
+    assert milestones([*entries, scored]) == ["step 90: IoU of samples and hints 0.50 (the base's: 0.25), 25% of hints "
+                                              "followed"]  # fmt: skip
 
 
 def history(steps, iou_every):
@@ -125,36 +115,149 @@ def history(steps, iou_every):
     return entries
 
 
-def test_plot_has_a_panel_for_what_was_logged(tmp_path):
-    plot_convergence({"run": history(100, 20)}, tmp_path / "whole.png")
-    plot_convergence({"run": [{"step": 1, "loss": 0.1}]}, tmp_path / "loss.png")
-    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "loss.png") as loss:
-        assert whole.width == loss.width
-        assert whole.height > 3 * loss.height
+def test_plots_of_logs(tmp_path, monkeypatch, capsys):
+    """A panel for what was logged: also without previews, from the middle on, or of nothing."""
+    logs = {"whole": history(60, 20), "no previews": history(60, 100), "later": history(60, 20)[25:], "empty": []}
+    heights = {}
+    for name, of in {"all": logs, "loss": {"run": [{"step": 1, "loss": 0.1}]}, "nothing": {"empty": []}}.items():
+        plot_convergence(of, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            heights[name] = picture.height
+    assert heights["all"] > 3 * heights["loss"]
+    for name in ("whole", "later"):
+        write_log(tmp_path / f"{name}.jsonl", logs[name])
+    run_main(monkeypatch, plot, *tmp_path.glob("*.jsonl"), "--output", tmp_path / "both.png")
+    assert "both.png" in capsys.readouterr().out and (tmp_path / "both.png").stat().st_size > 10_000
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    logs = []
-    for name in ("default", "he"):
-        (tmp_path / name).mkdir()
-        logs.append(tmp_path / name / "log.jsonl")
-        logs[-1].write_text("".join(json.dumps(entry) + "\n" for entry in history(60, 20)))
-    monkeypatch.setattr(sys, "argv", ["plot", *map(str, logs), "--output", str(tmp_path / "both.png")])
-    plot.main()
-    assert "both.png" in capsys.readouterr().out
-    assert (tmp_path / "both.png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "nowhere.jsonl")])
-    with pytest.raises(UserError, match="nowhere.jsonl: no such file"):
-        plot.main()
-    (tmp_path / "notes.txt").write_text("no log\n")
-    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "notes.txt")])
-    with pytest.raises(UserError, match="notes.txt has no entries"):
-        plot.main()
+# Any ControlNet
 
 
-def test_plotting_logs_of_different_runs(tmp_path):
-    """One log without previews, one that starts in the middle, one with nothing measured."""
-    logs = {"whole": history(60, 20), "no previews": history(60, 100), "later": history(60, 20)[25:]}
-    plot_convergence(logs | {"empty": []}, tmp_path / "plot.png")
-    assert Image.open(tmp_path / "plot.png").height > 500
-    plot_convergence({"empty": []}, tmp_path / "nothing.png")
+def test_known_answers(sd):
+    class MixedUp(DrawnImages):
+        """Hints that do not belong to the pictures."""
+
+        def hint(self, index):
+            return super().hint((index + 2) % len(self))
+
+    pairs, trained = DrawnImages(8, 64, DRAWN_HELD_OUT), load_controlnet(SHIPPED, sd.unet)
+    heard = measure(sd, trained, pairs)
+    assert verdict(heard).startswith("it follows its hint: another pair's hint raises")
+    assert verdict(measure(sd, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    silent = measure(sd, untrained(sd), pairs)
+    assert verdict(silent).startswith("it does not hear its hint: its residuals are the same")
+    assert silent.loss["own"].shape == silent.moved.shape == (8, len(BANDS))
+    assert all(torch.equal(silent.loss["own"], loss) for loss in silent.loss.values())  # equation (3)
+    # The same noise for every ControlNet, so that checkpoints can be compared: the base's loss is one and the same.
+    assert torch.equal(silent.loss["none"], heard.loss["none"]) and not torch.equal(
+        silent.loss["own"], heard.loss["own"]
+    )
+    trained.middle_zero_conv.weight.data *= 1e38
+    assert verdict(measure(sd, trained, pairs)).startswith("its predictions are not finite")
+
+
+def figures(added: Tensor, moved: float, pairs: int = 8) -> Measurement:
+    """Of pairs whose own loss is 1, and with another hint 1 + added."""
+    loss = {name: torch.ones(pairs, len(BANDS)) for name in HINTS}
+    noise = 0.01 * torch.randn(pairs, len(BANDS), generator=torch.Generator().manual_seed(0))
+    loss["other"] = loss["own"] + added + noise
+    return Measurement(loss, torch.full((pairs, len(BANDS)), moved))
+
+
+def test_verdicts():
+    rising, hears = torch.linspace(0, 0.4, len(BANDS)), "it hears its hint, but samples hardly show it: "
+    told = "another pair's hint raises the loss by 40% ± 0% at t = 875 to 999"
+    assert verdict(figures(rising, 0.2)) == hears + told
+    assert verdict(figures(3 * rising, 0.6)).startswith("it follows its hint")
+    assert verdict(figures(-rising, 0.2)).startswith("its own hint makes the predictions worse")
+    assert verdict(figures(rising, 0.2, pairs=4)) == "4 pairs are too few for a verdict: take 8 or more"
+    noise = figures(torch.zeros(len(BANDS)), 0.05)
+    noise.loss["other"] -= noise.figures()["gap"][0]  # hears at most by chance
+    assert verdict(noise) == "it does not hear its hint yet, as far as 8 pairs can tell"
+    noise.moved[:] = 0.2
+    assert verdict(noise).startswith("its hint moves the predictions, but not towards these 8 pictures")
+
+
+def test_a_band_that_is_noise_does_not_count():
+    heard = figures(torch.full((len(BANDS),), 0.1), 0.1)
+    heard.loss["other"][0, 2] += 30  # one pair alone
+    assert strongest_band(heard)[2] != "250 to 374" and strongest_band(heard)[0] == pytest.approx(0.1, abs=0.02)
+
+
+def test_all_bands_together_can_be_surer_than_each():
+    heard = figures(torch.full((len(BANDS),), 0.05), 0.1)
+    heard.loss["other"] += 0.06 * torch.eye(8) * 8 - 0.06  # one band of each pair, always another one
+    # 64 draws of 0.01: their mean is within 0.01 of the added 0.05, eight standard errors
+    assert strongest_band(heard) == (pytest.approx(0.05, abs=0.01), pytest.approx(0, abs=0.01), "0 to 999")
+    assert "by 5% ± 0% at t = 0 to 999" in verdict(heard)
+
+
+def test_standard_errors():
+    """Of a mean over pairs: bands of one pair are no independent measurements."""
+    rows = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, len(BANDS)).double()
+    heard = Measurement({name: rows for name in HINTS}, rows**2)
+    assert heard.figures()["own"] == pytest.approx((2.0, 1 / 3**0.5))
+    # 1, 4 and 9: the mean is 14/3, its error sqrt(49/3 / 3); of the root half of that over the root
+    assert heard.figures()["sensitivity"] == pytest.approx(((14 / 3) ** 0.5, (49 / 9) ** 0.5 / (2 * (14 / 3) ** 0.5)))
+
+
+def test_command_line(monkeypatch, capsys, tmp_path):
+    options = ["--pairs", "2", "--resolution", "64"]
+    run_main(monkeypatch, convergence, "--controlnet", SHIPPED, *options, "--data", SAMPLE)
+    told = capsys.readouterr()
+    printed = told.out.splitlines()
+    assert "trained on" not in told.err
+    assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
+    assert printed[3].lstrip().startswith("125 to 249 ") and printed[-2].lstrip().startswith("all ")
+    assert printed[-1] == f"{SHIPPED}: 2 pairs are too few for a verdict: take 8 or more" and len(printed) == 12
+    lonely = tmp_path / "lonely"
+    shutil.copytree(SAMPLE, lonely)
+    (lonely / "prompt.json").write_text((lonely / "prompt.json").read_text().splitlines()[0])
+    with pytest.raises(UserError, match="has one pair only"):
+        run_main(monkeypatch, convergence, "--controlnet", SHIPPED, "--data", lonely)
+
+
+def judged_steps(monkeypatch, capsys, tmp_path, folder):
+    """Step -> its own held-out loss, of a training's folder."""
+    capsys.readouterr()
+    options = ["--pairs", "2", "--resolution", "64", "--data", SAMPLE, "--output", tmp_path / "curve.png"]
+    run_main(monkeypatch, convergence, "--controlnet", folder, *options)
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert all((words[2], words[4]) == ("loss", "±") for words in lines)
+    return {int(words[1].removesuffix(":")): float(words[3]) for words in lines}
+
+
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_training_of_ours(sd, monkeypatch, capsys, tmp_path, unlocked):
+    """Every step with its own ControlNet, and with the decoder that was trained with it."""
+    run = tmp_path / "run"
+    run_main(
+        monkeypatch, train, "--output-dir", run, "--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2",
+        "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1", "--snapshot-steps", "1",
+        *["--unlock-decoder"] * unlocked,
+    )  # fmt: skip
+    last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
+    for name in ("step-2", "step-2/state.safetensors"):
+        checkpoint = load_controlnet(run / "checkpoints" / name, sd.unet).state_dict()
+        assert all(torch.equal(last[name], checkpoint[name]) for name in last)
+    losses = judged_steps(monkeypatch, capsys, tmp_path, run)
+    assert list(losses) == [0, 1, 2] and losses[0] != losses[2]
+    capsys.readouterr()
+    run_main(monkeypatch, convergence, "--controlnet", run / "controlnet.safetensors", "--pairs", "2")
+    told = capsys.readouterr()
+    assert told.out.startswith(f"2 pairs of {SAMPLE} on cpu")
+    assert "trained on these pairs but for the last 0" in told.err  # too few to spare any
+    assert ("its decoder was trained too" in told.out) == unlocked
+    all_bands = next(line for line in told.out.splitlines() if line.lstrip().startswith("all "))
+    assert float(all_bands.split()[1]) == losses[2]  # the file and the last checkpoint are the same
+    shutil.rmtree(run / "checkpoints")
+    assert judged_steps(monkeypatch, capsys, tmp_path, run).keys() == {0, 1, 2}  # snapshots
+
+
+def test_a_training_of_diffusers(sd, monkeypatch, capsys, tmp_path):
+    for step in (500, 1000):
+        save_controlnet(untrained(sd), tmp_path / f"checkpoint-{step}" / "controlnet", layout="diffusers")
+    assert list(judged_steps(monkeypatch, capsys, tmp_path, tmp_path)) == [500, 1000]
+    with pytest.raises(UserError, match="pass .*checkpoint-500/controlnet"):
+        run_main(monkeypatch, convergence, "--controlnet", tmp_path / "checkpoint-500")

@@ -96,7 +96,7 @@ MISTAKES = {
     "tools.convert {}/lite.safetensors {}/out --layout diffusers": "lite.safetensors.* ControlNet-lite",
     "tools.plot {}/run/log.jsonl --output {}/run/log.jsonl": "--output.*log.jsonl.*.png",
     "tools.plot {}/run/log.jsonl {}/run/log.jsonl": "two of the logs.*run.*another name",
-    "tools.listen --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
+    "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
     "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "tools.dusk --controlnet {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "tools.pretrain vea": "'vea'.*vae",

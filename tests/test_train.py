@@ -52,8 +52,8 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
     options = ["--resolution", "64", "--train-batch-size", "4", "--validation-steps", "20", "--validation-hints", "9"]
     options += ["--hint-init", "default"]  # whose sensitivity begins small, and grows
     monkeypatch.setitem(data.DRAWN_PAIRS, "drawn", 8)
-    monkeypatch.setattr("support.news.growth_step", lambda history: 10 if len(history) >= 10 else None)
-    monkeypatch.setattr("support.news.jump_step", lambda history: 20 if len(history) >= 20 else None)
+    monkeypatch.setattr("convergence.growth_step", lambda history: 10 if len(history) >= 10 else None)
+    monkeypatch.setattr("convergence.jump_step", lambda history: 20 if len(history) >= 20 else None)
     run_main(monkeypatch, train, *options, "--output-dir", tmp_path, "--max-train-steps", "20")
     log = {entry["step"]: entry for entry in read_run(tmp_path)}
     assert [step for step in log if "hint_sensitivity" in log[step]] == [5, 10, 15, 20]

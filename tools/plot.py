@@ -13,15 +13,11 @@ def main() -> None:
     parser.add_argument("log", nargs="+", type=Path, help="log.jsonl of a run; several are drawn over each other")
     parser.add_argument("--output", type=png, default=Path("convergence.png"), help="default: convergence.png")
     args = parser.parse_args()
-    missing = next((path for path in args.log if not path.is_file()), None)
-    if missing:
-        raise UserError(f"{missing}: no such file; pass a run's log.jsonl")
-    named = {path.parent.name if path.stem == "log" else path.stem: path for path in args.log}
-    if len(named) < len(args.log):
-        raise UserError(f"two of the logs have the same name, of {', '.join(named)}: copy one to another name")
-    logs = {name: read_log(path) for name, path in named.items()}
-    if empty := next((named[name] for name, entries in logs.items() if not entries), None):
-        raise UserError(f"{empty} has no entries: pass a run's log.jsonl")
+    logs = {path.parent.name if path.stem == "log" else path.stem: read_log(path) for path in args.log}
+    if len(logs) < len(args.log):
+        raise UserError(f"two of the logs have the same name, of {', '.join(logs)}: copy one to another name")
+    if empty := [path for path, log in zip(args.log, logs.values()) if not log]:
+        raise UserError(f"{empty[0]} has no entries: pass a run's log.jsonl")
     plot_convergence(logs, args.output)
     print(f"wrote {args.output}")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from clip_text import WORD_END, CLIPTextModel, Tokenizer, byte_symbols, split_words
+from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
@@ -75,7 +75,7 @@ def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tens
 def learn_merges(folder: Path) -> None:
     """Join the commonest pair of symbols, again and again, until every word of the captions is one token."""
     captions = [f"{a} {shape} with {b} background" for a in COLOURS for b in COLOURS for shape in SHAPES]
-    counts = Counter(word for caption in captions for word in split_words(caption))
+    counts = Counter(word for caption in captions for word in WORD.findall(caption))
     symbols = byte_symbols()
     words = {word: [symbols[b] for b in word.encode()] for word in counts}
     for parts in words.values():

@@ -8,6 +8,7 @@ import math
 import sys
 import tempfile
 from argparse import Namespace
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,20 +37,10 @@ PROMPTS = [  # no curly quotes: what transformers does with them depends on its 
     "a photograph of an astronaut riding a horse", "", "Coral circle, 42 blue-ish backgrounds!!", "it's  NAÏVE ½ x²",
     "日本語 🎨🖌️ здравствуй", "masterpiece, (best quality:1.2), <lora:x:1> " + "very " * 90 + "long",
 ]  # fmt: skip
+# How far rounding may bring two programs apart in float32: max |ours - theirs| / max |theirs|. A sample goes through
+# the UNet twice a step, each step from where the last one ended.
+LIMITS = defaultdict(lambda: 1e-4, {"tokens": 0.0, "sample": 1e-2})
 Numbers = dict[str, Tensor]
-Row = tuple[str, str, str, bool]
-
-
-# Of other numbers of steps diffusers visits other times than `generate`.
-divisor_of_1000 = options.number(int, lambda n: 0 < n < 1000 and 1000 % n == 0, "a divisor of 1000, below it")
-
-
-def limit(name: str) -> float:
-    """How far apart rounding may bring two programs in float32: max |ours - theirs| / max |theirs|.
-
-    A sample goes through the UNet twice a step, each step from where the last one ended.
-    """
-    return {"tokens": 0.0, "sample": 1e-2}.get(name, 1e-4)
 
 
 def inputs(size: int) -> dict[str, Tensor]:
@@ -64,9 +55,8 @@ def inputs(size: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def our_side(args: Namespace, base: Path, control: Path | None) -> tuple[Numbers, dict, Tokenizer]:
     """Our numbers, the sizes of the base, and its tokenizer."""
-    sd = StableDiffusion.load(base)
+    sd, given = StableDiffusion.load(base), inputs(args.resolution)
     controlnets = [load_controlnet(control, sd.unet)] if control else []
-    given = inputs(args.resolution)
     z, context = given["z"], sd.encode_prompts(PROMPTS[:1])
     numbers = {"tokens": sd.tokenizer(PROMPTS), "text": sd.encode_prompts(PROMPTS)}
     numbers |= {"VAE, encoded": sd.vae.encode(given["image"]), "VAE, decoded": sd.vae.decode(z)}
@@ -87,9 +77,8 @@ def our_side(args: Namespace, base: Path, control: Path | None) -> tuple[Numbers
 @torch.no_grad()
 def their_side(args: Namespace, base: Path, control: Path | None, config: Path) -> Numbers:
     """diffusers' numbers. `config` is a folder of settings for single files."""
-    pipeline = their_pipeline(base, control, config)
-    given, controlnet = inputs(args.resolution), getattr(pipeline, "controlnet", None)
-    z = given["z"]
+    pipeline, given = their_pipeline(base, control, config), inputs(args.resolution)
+    z, controlnet = given["z"], getattr(pipeline, "controlnet", None)
     whole = {"padding": "max_length", "max_length": MAX_LENGTH, "truncation": True}
     ids = pipeline.tokenizer(PROMPTS, return_tensors="pt", **whole).input_ids
     text = torch.cat([pipeline.text_encoder(row[None])[0] for row in ids])
@@ -119,29 +108,26 @@ def their_pipeline(base: Path, control: Path | None, config: Path):
     single = {"local_files_only": True, "torch_dtype": torch.float32}
     kind, parts = diffusers.StableDiffusionPipeline, {"safety_checker": None}
     if control:
-        kind = diffusers.StableDiffusionControlNetPipeline
-        parts["controlnet"] = (
-            pretrained(diffusers.ControlNetModel, control)
-            if control.is_dir()
-            else diffusers.ControlNetModel.from_single_file(str(control), config=str(config / "controlnet"), **single)
-        )
+        kind, controlnet = diffusers.StableDiffusionControlNetPipeline, diffusers.ControlNetModel
+        if control.is_dir():
+            parts["controlnet"] = pretrained(controlnet, control)
+        else:
+            parts["controlnet"] = controlnet.from_single_file(str(control), config=str(config / "controlnet"), **single)
     if not base.is_dir():
         pipeline = kind.from_single_file(str(base), config=str(config), **single, **parts)
         pipeline.scheduler = diffusers.DDIMScheduler(**DDIM)
         return pipeline
-    words = base / "tokenizer" if (base / "tokenizer" / "vocab.json").is_file() else config / "tokenizer"
-    schedule = base / "scheduler" if (base / "scheduler").is_dir() else config / "scheduler"
+    words = base if (base / "tokenizer" / "vocab.json").is_file() else config
+    schedule = base if (base / "scheduler").is_dir() else config
     return kind(
         unet=pretrained(diffusers.UNet2DConditionModel, base / "unet"),
         vae=pretrained(diffusers.AutoencoderKL, base / "vae"),
         text_encoder=pretrained(transformers.CLIPTextModel, base / "text_encoder"),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
-        # the folder's own noise, and the steps that both programs can take
-        scheduler=diffusers.DDIMScheduler.from_pretrained(schedule, **STEPS),
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **parts,
-    )
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(words / "tokenizer"),
+        # the folder's own noise, and the steps that both programs can take, whichever sampler it was saved with
+        scheduler=diffusers.DDIMScheduler.from_pretrained(schedule / "scheduler", **STEPS),
+        feature_extractor=None, requires_safety_checker=False, **parts,
+    )  # fmt: skip
 
 
 def pretrained(kind, folder: Path):
@@ -150,8 +136,8 @@ def pretrained(kind, folder: Path):
     return kind.from_pretrained(folder, variant=variant, local_files_only=True, torch_dtype=torch.float32)
 
 
-def compare(ours: Numbers, theirs: Numbers) -> list[Row]:
-    """What was compared, the largest difference, the limit, whether it is within. Times and residuals are one row."""
+def compare(ours: Numbers, theirs: Numbers) -> dict[str, float]:
+    """The largest difference of what was compared, relative to the largest number. All times are one row."""
     worst: dict[str, float] = {}
     for name, values in ours.items():
         if values.shape != theirs[name].shape:
@@ -159,22 +145,22 @@ def compare(ours: Numbers, theirs: Numbers) -> list[Row]:
         difference = ((values - theirs[name]).abs().max() / theirs[name].abs().max().clamp_min(1e-12)).item()
         kind = name.partition(" at ")[0]
         worst[kind] = max(worst.get(kind, 0.0), difference if math.isfinite(difference) else math.inf)
-    return [(name, f"{value:.1e}", f"{limit(name):.0e}", value <= limit(name)) for name, value in worst.items()]
+    return worst
 
 
 def main() -> None:
     parser = options.ArgumentParser(prog="python -m tools.verify", description="Compare a file here and in diffusers.")
+    # Of other numbers of steps diffusers visits other times than `generate`.
+    divisor = options.number(int, lambda n: 0 < n < 1000 and 1000 % n == 0, "a divisor of 1000, below it")
     parser.add_argument("--base", default="sd15", help="as for sample.py (default: sd15)")
     parser.add_argument("--controlnet", help="as for sample.py")
     parser.add_argument("--resolution", type=options.side, default=256, help="of the picture (default: 256)")
-    parser.add_argument("--steps", type=divisor_of_1000, default=20, help="a divisor of 1000 (default: 20)")
+    parser.add_argument("--steps", type=divisor, default=20, help="a divisor of 1000 (default: 20)")
     args = parser.parse_args()
     if missing := next((name for name in ("diffusers", "transformers") if find_spec(name) is None), None):
         raise UserError(f"{missing} is not installed: pip install -r requirements-dev.txt")
     base = locate(SOURCES.get(args.base, args.base), BASE_FILES, "pass a local checkpoint with --base FILE")
-    control = args.controlnet and locate_controlnet(args.controlnet)
-
-    if control:
+    if control := args.controlnet and locate_controlnet(args.controlnet):
         part, *_ = read_controlnet(control, CONTROLNETS)
         refuse_own(part)
         if control.is_dir() and not (control / "config.json").is_file():
@@ -183,8 +169,7 @@ def main() -> None:
     print("here …", flush=True)
     ours, sizes, tokenizer = our_side(args, base, control)
     with tempfile.TemporaryDirectory() as folder:
-        widths = sizes["unet"].model_channels, sizes["vae"].channels, sizes["text"].width
-        if widths == (SD15.unet.model_channels, SD15.vae.channels, SD15.text.width):  # not as we read them
+        if sizes["unet"].model_channels == SD15.unet.model_channels:  # not as we read them
             sizes = {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text, "latent_scale": SD15.latent_scale}
         write_config(Path(folder), sizes, tokenizer)
         if control:
@@ -192,19 +177,15 @@ def main() -> None:
             save_json(settings, Path(folder) / "controlnet" / "config.json")
         print("in diffusers …", flush=True)
         theirs = their_side(args, base, control, Path(folder))
-    rows = compare(ours, theirs)
-    print_table(rows)
-    wrong = [name for name, _, _, within in rows if not within]
-    if wrong:
+    differences = compare(ours, theirs)
+    print(f"{'largest difference, relative':<30} {'here and there':>20} {'limit':>8}")
+    for name, value in differences.items():
+        mark = "" if value <= LIMITS[name] else "  <- too far apart"
+        print(f"{name:<30} {value:>20.1e} {LIMITS[name]:>8.0e}{mark}")
+    if wrong := [name for name, value in differences.items() if value > LIMITS[name]]:
         print(f"DIFFERENT: {', '.join(wrong)}")
         sys.exit(1)
     print("the same, up to rounding")
-
-
-def print_table(rows: list[Row]) -> None:
-    print(f"{'largest difference, relative':<30} {'here and there':>20} {'limit':>8}")
-    for name, difference, most, within in rows:
-        print(f"{name:<30} {difference:>20} {most:>8}{'' if within else '  <- too far apart'}")
 
 
 if __name__ == "__main__":
