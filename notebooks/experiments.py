@@ -22,7 +22,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import scores
-from scores import LOGS, RUNS
 
 import ablations
 import data
@@ -136,8 +135,8 @@ def factors(controlnet: ControlNet, hints: Tensor) -> dict[str, float]:
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    *_, u = controlnet.hint_encoder
-    features = controlnet.hint_encoder[:-1](hints)
+    *encoder, u = controlnet.hint_encoder
+    features = nn.Sequential(*encoder)(hints)
     zero_convs = [*controlnet.zero_convs, controlnet.middle_zero_conv]
     v = median(rms(conv.weight) for conv in zero_convs)
     return {"s": rms(features - features.mean((2, 3), keepdim=True)), "u": rms(u.weight), "v": v}
@@ -145,7 +144,7 @@ def factors(controlnet: ControlNet, hints: Tensor) -> dict[str, float]:
 
 def run(name: str, training: Training, seed: int) -> None:
     """Train as far as it is not yet done, logging `factors` with each hint sensitivity, and copy the log."""
-    folder, measure = RUNS / f"{name}-{seed}", HeldOut.response
+    folder, measure = scores.RUNS / f"{name}-{seed}", HeldOut.response
     options = f"--seed {seed} --max-train-steps {training.steps} {ALWAYS} {training.options}".split()
     if (folder / "config.json").exists():
         options += ["--resume-from-checkpoint", "latest"]
@@ -159,7 +158,7 @@ def run(name: str, training: Training, seed: int) -> None:
             train.main()
     if len(read_log(folder / "log.jsonl")) < training.steps:
         sys.exit(f"stopped: the same command goes on with {folder}")
-    shutil.copy(folder / "log.jsonl", LOGS / f"{folder.name}.jsonl")
+    shutil.copy(folder / "log.jsonl", scores.LOGS / f"{folder.name}.jsonl")
 
 
 def score(group: str) -> list[dict]:
@@ -193,7 +192,7 @@ def main() -> None:
             for seed in range(training.seeds):
                 run(name, training, seed)
         if rows := score(group):
-            write_log(LOGS / f"scores-{group}.jsonl", rows)
+            write_log(scores.LOGS / f"scores-{group}.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,6 @@ MISTAKES = [
     ("tools.listen", f"--controlnet {SHIPPED} --pairs 1", ["--pairs 1", "above 1"]),
     ("tools.verify", "--base {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
     ("tools.verify", "--steps 15", ["--steps 15: must be a divisor of 1000"]),
-    ("tools.dusk", "--controlnet {}/nowhere.safetensors", ["nowhere.safetensors", "no such file"]),
     ("tools.pretrain", "vea", ["'vea'", "vae"]),
     ("train", "--seed 18446744073709551616", ["--seed 18446744073709551616", "below 2^32 - 1"]),
     ("sample", f"--controlnet x --hint {LONG}.png", ["too long", "correct the path"]),
