@@ -35,6 +35,7 @@ from support.log import read_log, write_log
 STEPS, RATE = TINY.max_train_steps, TINY.learning_rate
 EQUAL = STEPS // 2  # steps after which trainings are compared: until then the rate is constant in all of them
 
+
 # What no option of train.py changes
 
 
@@ -97,10 +98,7 @@ TABLE = {
         ),
         "lite": Training("--copy lite", steps=3 * EQUAL),
     },
-    "batch": {
-        f"batch-{size}": Training(f"--train-batch-size {size}", steps=max(1, 32 // size) * EQUAL)
-        for size in (8, 16, 64)
-    },
+    "batch": {f"batch-{n}": Training(f"--train-batch-size {n}", 3, max(1, 32 // n) * EQUAL) for n in (8, 16, 64)},
     "pairs": {  # beside seed, which has 1,000; of 8,000 it sees none twice
         f"pairs-{n}": Training(
             f"--snapshot-steps 20 --cooldown {TINY.cooldown}", 3, STEPS, partial(patch.dict, data.DRAWN_PAIRS, drawn=n)
@@ -161,10 +159,9 @@ def run(name: str, training: Training, seed: int) -> None:
     shutil.copy(folder / "log.jsonl", scores.LOGS / f"{folder.name}.jsonl")
 
 
-def score(group: str) -> list[dict]:
+def score(group: str, arms: list[scores.Arm]) -> list[dict]:
     """What docs/logs/scores-GROUP.jsonl holds; nothing where the logs say all."""
     seed = [("seed", i, EQUAL) for i in range(3)]
-    arms = [(name, i, None) for name, training in TABLE[group].items() for i in range(training.seeds)]
     match group:
         case "seeds":
             return scores.score_seeds(len(arms), STEPS)
@@ -173,13 +170,13 @@ def score(group: str) -> list[dict]:
         case "failures":
             arms = [seed[0], *arms]
             return scores.score_arms(group, arms, ["none"]) + [scores.judge(arm) for arm in arms]
-        case "pairs":
-            for name, i, _ in arms:
-                scores.follow(name, i, range(0, STEPS + 1, 20))
         case "palette":
             return scores.score_palette()
         case "fill50k":
             return scores.score_fill50k()
+        case "pairs":
+            for name, i, _ in arms:
+                scores.follow(name, i, range(0, STEPS + 1, 20))
     return []
 
 
@@ -188,10 +185,10 @@ def main() -> None:
     if unknown := set(groups) - set(TABLE):
         sys.exit(f"no {', '.join(sorted(unknown))} in the table: {', '.join(TABLE)}")
     for group in groups:
-        for name, training in TABLE[group].items():
-            for seed in range(training.seeds):
-                run(name, training, seed)
-        if rows := score(group):
+        ends = [(name, i, None) for name, training in TABLE[group].items() for i in range(training.seeds)]
+        for name, seed, _ in ends:
+            run(name, TABLE[group][name], seed)
+        if rows := score(group, ends):
             write_log(scores.LOGS / f"scores-{group}.jsonl", rows)
 
 

@@ -70,13 +70,13 @@ def animate(log: list[dict], samples: dict[int, Tensor], hints: Tensor, targets:
     # White, with a border, so that it looks the same on a dark page as on a light one.
     figure = Figure(figsize=(8.4, 6.5), dpi=150, facecolor="white", edgecolor="#b0b0b0", linewidth=3)
     rows = figure.subplots(3, COLUMNS, gridspec_kw={
-        "left": 0.09, "right": 0.99, "bottom": 0.37, "top": 0.985, "wspace": 0.04, "hspace": 0.04,
+        "left": 0.09, "right": 0.99, "bottom": 0.395, "top": 0.985, "wspace": 0.04, "hspace": 0.04,
     })  # fmt: skip
     draw_row(rows[0], "hint", hints)
     changing = draw_row(rows[1], "", samples[steps[0]])
     draw_row(rows[2], "target", targets)
     axes = figure.subplots(
-        1, 2, gridspec_kw={"left": 0.09, "right": 0.99, "bottom": 0.085, "top": 0.33, "wspace": 0.24}
+        1, 2, gridspec_kw={"left": 0.09, "right": 0.99, "bottom": 0.085, "top": 0.35, "wspace": 0.24}
     )
     axes[0].set_yscale("log")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
@@ -99,4 +99,4 @@ def animate(log: list[dict], samples: dict[int, Tensor], hints: Tensor, targets:
                 axis.axvline(jump, color="black", linestyle="--", linewidth=1)
                 axis.annotate("jump", (jump, 0.05), (4, 0), ("data", "axes fraction"), "offset points")
         frames.append(rendered(figure))
-    save_animation(frames, [PAUSE, *[FRAME] * (len(steps) - 2), PAUSE], path, quality=80)
+    save_animation(frames, [PAUSE, *[FRAME] * (len(steps) - 2), PAUSE], path, quality=75)

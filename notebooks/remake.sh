@@ -2,7 +2,7 @@
 # Make the committed logs, pictures and notebooks again, after the base or the defaults have changed:
 #     sh notebooks/remake.sh
 # What is complete in runs/ is not made again: delete runs/ first. The base is made by `python -m tools.pretrain`, the
-# ControlNets in models/ as their READMEs say. docs/architecture.svg is drawn by hand; a test compares it with the models.
+# ControlNets in models/ as their READMEs say. No program draws docs/architecture.svg: a test compares it with the models.
 set -e
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ train runs/controlnet
 cp "$(ls -v runs/controlnet/previews/step-*.png | tail -n 1)" docs/miniature.png
 python notebooks/experiments.py
 python -m tools.dusk
-python -m tools.capture_page --run runs/controlnet
+python tests/capture_page.py runs/controlnet docs
 train runs/slow --snapshot-steps 0 --checkpointing-steps 20 --checkpoints-total-limit 100 --max-train-steps 300 \
     --train-batch-size 8 --learning-rate 1e-3 --cooldown 0
 python convergence.py --controlnet runs/slow --pairs 16 --output docs/listen.png

@@ -9,6 +9,7 @@ import torch
 from pictures import COLUMNS, animate, draw_sheet
 from torch import Tensor
 
+from controlnet import ControlNet
 from convergence import FOLLOWED, jump_step, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, Pairs
 from metrics import circle_iou, colour_error
@@ -46,11 +47,11 @@ def drawn(count: int, seed: int, palette: bool = False) -> tuple[Pairs, Tensor]:
     return pairs, torch.stack([pairs.hint(i) for i in range(count)])
 
 
-def load(path: Path):
+def load(path: Path) -> ControlNet:
     return load_controlnet(path, base().unet).requires_grad_(False)
 
 
-def load_arm(name: str, seed: int, step: int | None):
+def load_arm(name: str, seed: int, step: int | None) -> ControlNet:
     file = "controlnet.safetensors" if step is None else f"snapshots/step-{step}.safetensors"
     return load(RUNS / f"{name}-{seed}" / file)
 
@@ -139,7 +140,7 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
     samples = {step: score(("seed", seed, step))[1] for step in (0, *around[seed])}
     ends = hints[:COLUMNS] * 2 - 1, torch.stack([pairs.image(i) for i in range(COLUMNS)])
     animate(log, samples, *ends, DOCS / "jump.webp")
-    stills = {f"step {step}": samples[step] for step in (0, *around[seed][:: len(around[seed]) // 6])}
+    stills = {f"step {step}": samples[step] for step in (0, *around[seed][:: len(around[seed]) // 4])}
     draw_sheet({"hint": ends[0], **stills, "target": ends[1]}, DOCS / "jump.png")
     plot_convergence({f"seed {seed}": log}, DOCS / "convergence.png")
     return rows

@@ -149,6 +149,10 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     with Image.open(scores.DOCS / "jump.webp") as animation, Image.open(scores.DOCS / "jump.png") as sheet:
         assert (animation.n_frames, animation.info["loop"], sheet.width) == (8, 0, 840)
 
+    rows = scores.score_arms("ablation", [("seed", 0, None)], [*scores.PROMPTS])
+    assert [(row["prompt"], "colour_error" in row) for row in rows] == [
+        ("none", False), ("insufficient", False), ("conflicting", True), ("perfect", True)
+    ]  # fmt: skip
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(scores, "load_controlnet", None)
     experiments.run("seed", training, 0)
