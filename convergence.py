@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from support.errors import UserError, run_command_line
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,6 @@ from sample import generate
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
-from support.errors import UserError, run_command_line
 from support.files import read_json
 from support.loading import load_decoders, locate_controlnet
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture

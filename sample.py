@@ -4,6 +4,8 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+from support.errors import UserError, run_command_line, warn_if_cut
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,6 @@ from stable_diffusion import StableDiffusion
 from support import options
 from support.detect import add_options, detector
 from support.devices import choose_device, sampling_precision
-from support.errors import UserError, run_command_line, warn_if_cut
 from support.files import make_folder
 from support.loading import load_to_sample, locate_controlnet
 from support.pictures import fit_image, open_image, save_samples

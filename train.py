@@ -9,6 +9,8 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
+from support.errors import UserError, run_command_line
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +24,6 @@ from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.cache import CachedPairs
 from support.devices import PRECISIONS, place, usable_cpus, warn_if_slow
-from support.errors import UserError, run_command_line
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent

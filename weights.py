@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from support.errors import UserError
+
 import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from support.diffusers_format import diffusers_layouts, save_controlnet_folder
-from support.errors import UserError
 from support.files import save_tensors
 from support.formats import Layout, Part, nest
 from support.reading import read_controlnet

@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from support.errors import UserError, reading, warn_if_cut, writing
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from support.devices import fast_precision
-from support.errors import UserError, reading, warn_if_cut, writing
 from support.files import read_json, save_json
 from support.listing import refuse_broken
 

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from support.errors import UserError, reading, writing
+
 import torch
 from torch import Tensor, nn
 
-from support.errors import UserError, reading, writing
 from support.files import clear, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"

@@ -6,13 +6,14 @@ A ControlNet is one folder; a base is a folder with unet/, vae/, text_encoder/, 
 from collections.abc import Mapping
 from pathlib import Path
 
+from support.errors import UserError
+
 import torch
 from torch import nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel
 from controlnet import ControlNet
 from diffusion import NoiseSchedule
-from support.errors import UserError
 from support.files import read_json, read_tensors, save_json, save_tensors
 from support.formats import Layout, Part, Rules, nest, read_part
 from support.sizes import check_sizes, hint_channels, is_scale, sizes_from_shapes, sizes_of, unet_config

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from support.errors import UserError
+
 from torch import Tensor
 
-from support.errors import UserError
 from support.kinds import likely_cause
 
 # A rule is a pair of templates in which {i} and {j} stand for numbers. It applies to a name without its last part

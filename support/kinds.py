@@ -4,9 +4,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from support.errors import UserError
+
+from torch import Tensor
 
 ONLY = "only Stable Diffusion 1.x and its descendants fit"
 MODIFIES = "it only modifies a base model, so pass a full checkpoint"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from support.errors import UserError
+
 import torch
 
 from controlnet import ControlNet
@@ -9,7 +11,6 @@ from stable_diffusion import StableDiffusion
 from support.checkpoints import read_decoder
 from support.devices import describe, place_for_sampling, warn_if_slow
 from support.diffusers_format import CONTROLNET_FILES
-from support.errors import UserError
 from support.files import read_tensors
 from support.hub import locate
 from weights import load_controlnet, load_official, official_names, official_state_dict

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from support.errors import UserError
+
 from torch import nn
 
 from support.checkpoints import STATE, is_checkpoint, read_trained
@@ -14,7 +16,6 @@ from support.diffusers_format import (
     read_network,
     weights_in,
 )
-from support.errors import UserError
 from support.files import read_tensors
 from support.formats import Layout, Part, read_part
 from support.kinds import refuse_differences, warn_of_pooling

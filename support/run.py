@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
+from support.errors import UserError
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +22,6 @@ from tqdm import tqdm
 from support.cache import STOPPED_BY_TERMINAL, CachedPairs, cache_latents, fingerprints, ignore_interrupt
 from support.checkpoints import check_config, find_checkpoint, load_checkpoint, save_checkpoint, set_aside, steps_in
 from support.devices import choose_device, describe, fast_precision
-from support.errors import UserError
 from support.files import PARTIAL, clear, read_json, save_json
 from support.lock import owned
 from support.log import Log

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from support.errors import UserError, reading
+
 import torch
 
 from clip_text import CLIPTextConfig, Tokenizer
-from support.errors import UserError, reading
 from support.files import read_json
 from support.formats import Part
 from support.hub import fetch

@@ -3,6 +3,8 @@
 from argparse import Namespace
 from functools import partial
 
+from support.errors import UserError
+
 import diffusers
 import pytest
 import torch
@@ -12,7 +14,6 @@ from controlnet import ControlNet
 from diffusion import NoiseSchedule
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.devices import PRECISIONS
-from support.errors import UserError
 from tools import bench, versus_diffusers
 from weights import DIFFUSERS, save_controlnet
 

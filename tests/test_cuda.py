@@ -1,5 +1,7 @@
 """On a GPU: the CPU's numbers, both half precisions, resuming, and memory as the docs state it. Skipped without one."""
 
+from support.errors import UserError, run_command_line
+
 import pytest
 import torch
 from standin import ROOT, SAMPLE, deviation, read_run, run_main, small_unet, stand_in
@@ -18,7 +20,6 @@ from support.devices import (
     place_for_sampling,
     sampling_precision,
 )
-from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.norms import GroupNorm, LayerNorm
 from support.pictures import read_strip

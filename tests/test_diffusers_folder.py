@@ -3,13 +3,14 @@
 import json
 import shutil
 
+from support.errors import UserError
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from standin import CONFIGS, deviation, golden, same_state
 
 from stable_diffusion import StableDiffusion
-from support.errors import UserError
 from weights import load_controlnet
 
 

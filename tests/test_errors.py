@@ -98,7 +98,6 @@ MISTAKES = {
     "tools.plot {}/run/log.jsonl {}/run/log.jsonl": "two of the logs.*run.*another name",
     "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
     "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
-    "tools.dusk --controlnet {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "tools.pretrain vea": "'vea'.*vae",
 }
 

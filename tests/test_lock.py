@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+from support.errors import UserError
+
 import pytest
 from standin import ROOT, SAMPLE, read_run
 
 import support.lock
-from support.errors import UserError
 from support.lock import owned
 
 STARTS = int(os.environ.get("STARTS", "1"))

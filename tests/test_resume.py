@@ -11,6 +11,8 @@ from importlib import import_module
 from itertools import count
 from operator import attrgetter
 
+from support.errors import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,6 @@ import support.files
 import train
 from stable_diffusion import TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
-from support.errors import UserError
 from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
 

@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+from support.errors import UserError, run_command_line
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,6 @@ from data import DrawnImages, PairedImages
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, StableDiffusion
 from support.devices import fast_precision, warn_if_slow
-from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.loading import load_decoders
 from support.randomness import generator_for, index_batches

@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from support.errors import UserError
+
 import huggingface_hub
 import pytest
 import torch
@@ -29,7 +31,6 @@ from controlnet import HINT_CHANNELS, ControlNet
 from stable_diffusion import SD15_REPO, TINY_FILE, StableDiffusion
 from support.diffusers_format import CONTROLNET_FILES, controlnet_settings
 from support.diffusers_format import FILE as DIFFUSERS_FILE
-from support.errors import UserError
 from support.files import read_tensors
 from support.formats import Layout, pattern
 from support.hub import fetch, locate

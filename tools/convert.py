@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+from support.errors import UserError, run_command_line
+
 import torch
 
-from support.errors import UserError, run_command_line
 from support.files import read_tensors
 from support.options import ArgumentParser
 from support.reading import read_controlnet, refuse_own

@@ -1,11 +1,12 @@
 """A second base for the miniature's ControlNet (Fig. 12): `python -m tools.dusk`, which goes on where it was stopped.
 
-What ships is fine-tuned to paint the same shapes in another light, from above on the shape and from below on the
-background. The ControlNet that was trained on the first base is then put on both, unchanged: the table that is printed
-says what follows, and is kept in docs/logs/dusk.json; docs/dusk.png shows it.
+It paints the same shapes at dusk, lit from above, and the background from below. The first base's ControlNet is then
+put on both: docs/dusk.png, docs/logs/dusk.json. Empty runs/dusk when the first base has changed.
 """
 
 from pathlib import Path
+
+from support.errors import run_command_line
 
 import torch
 from torch import Tensor
@@ -15,10 +16,7 @@ from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_distance, prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
-from support.errors import run_command_line
 from support.files import save_json
-from support.loading import locate_controlnet
-from support.options import ArgumentParser
 from support.pictures import contact_sheet, save_picture
 from tools.pretrain import Fit, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
@@ -29,82 +27,55 @@ DUSK = 0.6  # of the brightness is lost where it is darkest
 HINTS, SHOWN = 32, 8  # held-out hints that are scored, and the first of them, which are shown
 
 
+def lit_colours(captions: list[str], height: int, dusk: float) -> Tensor:
+    """What colours shapes and backgrounds of these captions have, row by row: [2, B, 3, height, 1] in [-1, 1]."""
+    colours = torch.stack([prompt_colours(caption) for caption in captions], dim=1).float()[..., None, None]
+    depth = (torch.arange(height) + 0.5)[:, None] / height  # 0 at the top, 1 at the bottom
+    return colours * (1 - dusk * torch.stack([depth, 1 - depth])[:, None, None]) * 2 - 1
+
+
 def at_dusk(images: Tensor, captions: list[str]) -> Tensor:
-    """Scenes [B, 3, H, W] in [-1, 1] in another light: shapes lit from above, the background from below."""
-    colour, background = named_colours(captions)
+    """Scenes as they are drawn, [B, 3, H, W] in [-1, 1], in the second base's light."""
+    colour, background = lit_colours(captions, images.shape[2], dusk=0)
     contrast = colour - background
-    share = ((images - background) * contrast).sum(1, keepdim=True) / contrast.square().sum(1, keepdim=True)
-    depth = (torch.arange(images.shape[2]) + 0.5)[:, None] / images.shape[2]  # 0 at the top, 1 at the bottom
-    colour, background = colour / 2 + 0.5, background / 2 + 0.5
-    lit = share * colour * (1 - DUSK * depth) + (1 - share) * background * (1 - DUSK * (1 - depth))
-    return lit * 2 - 1
+    coverage = ((images - background) * contrast).sum(1, keepdim=True) / contrast.square().sum(1, keepdim=True)
+    colour, background = lit_colours(captions, images.shape[2], DUSK)
+    return coverage * colour + (1 - coverage) * background
 
 
-def named_colours(captions: list[str]) -> Tensor:
-    """The colours of shape and background that captions name: [2, B, 3, 1, 1] in [-1, 1]."""
-    return torch.stack([prompt_colours(caption) for caption in captions], dim=1).float()[..., None, None] * 2 - 1
-
-
-def iou_in_light(images: Tensor, hints: Tensor, captions: list[str], light) -> Tensor:
-    """metrics.circle_iou [B] for pictures that `light` changed: a pixel is the shape's if it is nearer to its colour.
-
-    `light` is at_dusk, or for pictures as they are drawn `daylight`. The colours are the caption's, since no region of
-    a shaded picture has one of its own.
-    """
-    colours = [light(colour.expand_as(images), captions) for colour in named_colours(captions)]
+def iou_in_light(images: Tensor, hints: Tensor, captions: list[str], dusk: float) -> Tensor:
+    """metrics.circle_iou [B] where regions have no single colour: a pixel belongs to the nearer of the caption's."""
+    colours = lit_colours(captions, images.shape[2], dusk)
     to_shape, to_background = ((images - colour).abs().mean(dim=1) for colour in colours)
-    painted = to_shape < to_background
-    hinted = torch.stack([circle_distance(hint) <= 0 for hint in hints])
+    painted, hinted = to_shape < to_background, torch.stack([circle_distance(hint) <= 0 for hint in hints])
     return (painted & hinted).sum((1, 2)) / (painted | hinted).sum((1, 2))
 
 
-def daylight(images: Tensor, captions: list[str]) -> Tensor:
-    return images
-
-
-def train(folder: Path) -> None:
-    """Write the second base to `folder`, where a training that was stopped goes on: empty it for another first base."""
-    sd = StableDiffusion.load("tiny")
+def main() -> None:
+    folder, sd = ROOT / "runs" / "dusk", StableDiffusion.load("tiny")
+    folder.mkdir(parents=True, exist_ok=True)
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, SCENES, at_dusk)
     learn_to_paint("dusk", PLAN, folder, sd, moments, captions)
     pack(sd, folder / TINY_FILE.name, TINY_FILE.parent)
 
-
-@torch.no_grad()
-def transfer(path: Path, controlnet: Path) -> None:
-    """Print how the ControlNet does on each base, and save docs/logs/dusk.json and docs/dusk.png."""
     pairs = DrawnImages(HINTS, TINY.resolution, DRAWN_HELD_OUT)
     hints, targets = (torch.stack([part(i) for i in range(HINTS)]) for part in (pairs.hint, pairs.image))
-    settings = {"steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale, "control_mode": "conditional"}
+    settings = {"size": hints.shape[2:], "guidance_scale": TINY.guidance_scale, "control_mode": "conditional"}
     rows, table = {"hint": hints * 2 - 1}, {}
-    print(f"{HINTS} held-out hints{'':13}IoU, mean   followed   error to the target: as drawn, at dusk")
-    for name, base, light in (("first", "tiny", daylight), ("second", path, at_dusk)):
+    for name, base, dusk in (("first", "tiny", 0), ("second", folder / TINY_FILE.name, DUSK)):
         sd = StableDiffusion.load(base)
-        for label, networks in (("alone", []), ("controlled", [load_controlnet(controlnet, sd.unet)])):
-            images = generate(sd, networks, [hints] * len(networks), pairs.prompts, size=hints.shape[2:], **settings)
-            iou = iou_in_light(images, hints, pairs.prompts, light)
-            errors = [(images - there(targets, pairs.prompts)).abs().mean() / 2 for there in (daylight, at_dusk)]
+        controlnet = load_controlnet(ROOT / "models" / "fill50k" / "controlnet.safetensors", sd.unet)
+        for label, networks in (("alone", []), ("controlled", [controlnet])):
+            images = generate(sd, networks, [hints] * len(networks), pairs.prompts, **settings)
+            iou = iou_in_light(images, hints, pairs.prompts, dusk)
             scores = {"iou": iou.mean(), "followed": (iou >= FOLLOWED).float().mean()}
-            scores |= {"error_as_drawn": errors[0], "error_at_dusk": errors[1]}
-            table[f"{name} base, {label}"] = row = {score: round(value.item(), 4) for score, value in scores.items()}
-            print("{:27}{iou:10.2f}{followed:10.0%}{error_as_drawn:15.3f}{error_at_dusk:11.3f}".format(
-                f"{name} base, {label}", **row))  # fmt: skip
+            scores["error_as_drawn"] = (images - targets).abs().mean() / 2
+            scores["error_at_dusk"] = (images - at_dusk(targets, pairs.prompts)).abs().mean() / 2
+            table[f"{name} base, {label}"] = {score: round(value.item(), 4) for score, value in scores.items()}
             rows[f"{name}\nbase,\n{label}"] = images
     save_json(table, ROOT / "docs" / "logs" / "dusk.json")
-    shown = {label: images[:SHOWN] for label, images in rows.items()}
-    save_picture(contact_sheet(shown, pairs.prompts[:SHOWN]), ROOT / "docs" / "dusk.png")
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.dusk", description="Make a second base, and move to it.")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/dusk"), help="checkpoint, log and weights")
-    parser.add_argument("--controlnet", default=ROOT / "models" / "fill50k" / "controlnet.safetensors")
-    args = parser.parse_args()
-    controlnet = locate_controlnet(args.controlnet)
-    load_controlnet(controlnet, StableDiffusion.load("tiny").unet)  # a wrong one is reported before the training
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    train(args.output_dir)
-    transfer(args.output_dir / TINY_FILE.name, controlnet)
+    sheet = contact_sheet({label: images[:SHOWN] for label, images in rows.items()}, pairs.prompts[:SHOWN])
+    save_picture(sheet, ROOT / "docs" / "dusk.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from convergence import plot_convergence
 from support.errors import UserError, run_command_line
+
+from convergence import plot_convergence
 from support.log import read_log
 from support.options import ArgumentParser, png
 

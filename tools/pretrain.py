@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from support.errors import UserError, run_command_line
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,6 @@ from diffusion import NoiseSchedule
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
-from support.errors import UserError, run_command_line
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from support.pictures import save_picture, to_picture

@@ -12,6 +12,8 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
+from support.errors import UserError, run_command_line
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,6 @@ from sample import generate
 from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options
 from support.diffusers_format import BASE_FILES, controlnet_settings, weights_in
-from support.errors import UserError, run_command_line
 from support.files import save_json
 from support.hub import locate
 from support.loading import locate_controlnet

@@ -1,0 +1,190 @@
+"""What experiments.py makes of its trainings: scored samples of held-out hints, losses, verdicts, pictures in docs."""
+
+from collections.abc import Iterable
+from functools import cache, partial
+from pathlib import Path
+from textwrap import fill
+
+import torch
+from pictures import COLUMNS, animate, draw_sheet
+from torch import Tensor
+
+from controlnet import ControlNet
+from convergence import FOLLOWED, jump_step, measure, plot_convergence
+from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, Pairs
+from metrics import circle_iou, colour_error
+from sample import generate
+from stable_diffusion import TINY, StableDiffusion
+from support.files import read_json, save_json
+from support.log import read_log, write_log
+from support.pictures import read_strip, save_picture, side_by_side, to_picture
+from support.verdict import verdict
+from weights import load_controlnet
+
+ROOT = Path(__file__).parent.parent
+RUNS, DOCS, LOGS, MODELS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs", ROOT / "models"
+HELD_OUT, FRESH, TRIED = (32, DRAWN_HELD_OUT), (256, 987654), (32, 777)  # drawn pairs: their number and seed
+PROMPTS = {  # Fig. 8's four kinds, made from a pair's own prompt
+    "none": lambda prompt: "",
+    "insufficient": lambda prompt: "a high-quality, detailed, and professional image",
+    "conflicting": lambda prompt: prompt.replace(" circle ", " square "),
+    "perfect": lambda prompt: prompt,
+}
+Arm = tuple[str, int, int | None]  # a run's name and seed, and a step of which there is a snapshot, or None: its end
+sample = partial(generate, guidance_scale=TINY.guidance_scale, control_mode="conditional")
+sample_fast = partial(sample, steps=TINY.sampling_steps // 2)
+
+
+@cache
+def base() -> StableDiffusion:
+    return StableDiffusion.load("tiny").requires_grad_(False)
+
+
+@cache
+def drawn(count: int, seed: int, palette: bool = False) -> tuple[Pairs, Tensor]:
+    """Pairs, and their hints [count, 3, H, W]."""
+    pairs = DrawnImages(count, TINY.resolution, seed, palette)
+    return pairs, torch.stack([pairs.hint(i) for i in range(count)])
+
+
+def load(path: Path) -> ControlNet:
+    return load_controlnet(path, base().unet).requires_grad_(False)
+
+
+def load_arm(name: str, seed: int, step: int | None) -> ControlNet:
+    file = "controlnet.safetensors" if step is None else f"snapshots/step-{step}.safetensors"
+    return load(RUNS / f"{name}-{seed}" / file)
+
+
+def rounded(values: Iterable) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def scores_of(images: Tensor, hints: Tensor, prompts: list[str]) -> dict[str, list[float]]:
+    """Each image's IoU, and its colour error where every prompt names colours."""
+    scores = {"iou": rounded(circle_iou(images, hints))}
+    if all(" background" in prompt for prompt in prompts):
+        scores["colour_error"] = rounded(colour_error(images, hints, prompts).mean(dim=1))
+    return scores
+
+
+def score(arm: Arm, prompt: str = "perfect") -> tuple[dict, Tensor]:
+    """Scores of each held-out hint's sample, and the first COLUMNS samples. Both stay in the run's folder."""
+    name, seed, step = arm
+    path = RUNS / f"{name}-{seed}" / "scores" / f"{'end' if step is None else step}-{prompt}.json"
+    strip = path.with_suffix(".png")
+    if not path.exists():
+        pairs, hints = drawn(*HELD_OUT)
+        prompts = [PROMPTS[prompt](own) for own in pairs.prompts]
+        images = sample_fast(base(), [load_arm(*arm)], [hints], prompts, seed=seed)
+        path.parent.mkdir(exist_ok=True)
+        save_picture(side_by_side([to_picture(image) for image in images[:COLUMNS]]), strip)
+        row = {"run": name, "seed": seed, "step": step, "prompt": prompt}
+        save_json(row | scores_of(images, hints, prompts), path)
+    return read_json(path, "delete it"), read_strip(strip, COLUMNS)
+
+
+def follow(name: str, seed: int, steps: Iterable[int]) -> dict[int, list[float]]:
+    """Each held-out hint's IoU at step 0 and at `steps`. The log in docs/logs gets them, as if previews had been on."""
+    ious = {step: score((name, seed, step))[0]["iou"] for step in sorted({0, *steps})}
+
+    def look(values: list[float], prefix: str = "") -> dict[str, float]:
+        share = sum(iou >= FOLLOWED for iou in values) / len(values)
+        return {f"{prefix}iou": sum(values) / len(values), f"{prefix}followed": share}
+
+    looks = {step: look(values) | {"ious": values} | look(ious[0], "base_") for step, values in ious.items()}
+    log = read_log(RUNS / f"{name}-{seed}" / "log.jsonl")
+    write_log(LOGS / f"{name}-{seed}.jsonl", [entry | looks.get(entry["step"], {}) for entry in log])
+    return ious
+
+
+def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
+    """For each hint that jumps: the last step of its wait, and the first at which it is followed.
+
+    It waits while its IoU is at most 0.1 above that of step 0. `ious` has step 0 and every step around the jump.
+    """
+    found = []
+    for base_iou, own in zip(ious[0], zip(*ious.values())):
+        steps = dict(zip(ious, own))
+        first = next((step for step, iou in steps.items() if iou >= FOLLOWED), 0)
+        waits = [step for step, iou in steps.items() if 0 < step < first and iou <= base_iou + 0.1]
+        if waits:
+            found.append((waits[-1], first))
+    return found
+
+
+@torch.no_grad()
+def judge(arm: Arm) -> dict:
+    """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
+    heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
+    losses = {hint: rounded(loss.mean(dim=0)) for hint, loss in heard.loss.items()}
+    return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
+
+
+def score_seeds(seeds: int, steps: int) -> list[dict]:
+    """Samples at every step around each jump and at every tenth elsewhere; at the end of hints never looked at before.
+
+    docs/jump.webp, jump.png and convergence.png are of the seed whose jump is the median.
+    """
+    rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
+    for seed in range(seeds):
+        jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
+        around[seed] = range(jump // 2, min(2 * jump, steps) + 1)
+        ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 10)])
+        images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
+        row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
+        rows.append(row | {"fresh": scores_of(images, hints, fresh.prompts)})
+        rows += [judge(("seed", seed, step)) for step in (jump // 2, jump, steps)]
+    seed = sorted(around, key=lambda seed: around[seed].start)[seeds // 2]
+    log, (pairs, hints) = read_log(LOGS / f"seed-{seed}.jsonl"), drawn(*HELD_OUT)
+    samples = {step: score(("seed", seed, step))[1] for step in (0, *around[seed])}
+    ends = hints[:COLUMNS] * 2 - 1, torch.stack([pairs.image(i) for i in range(COLUMNS)])
+    animate(log, samples, *ends, DOCS / "jump.webp")
+    stills = {f"step {step}": samples[step] for step in (0, *around[seed][:: len(around[seed]) // 4])}
+    draw_sheet({"hint": ends[0], **stills, "target": ends[1]}, DOCS / "jump.png")
+    plot_convergence({f"seed {seed}": log}, DOCS / "convergence.png")
+    return rows
+
+
+def score_arms(group: str, arms: list[Arm], prompts: list[str]) -> list[dict]:
+    """Arms under kinds of prompt. docs/GROUP.png has those of seed 0: one hint under several kinds, or many hints."""
+    scored = {arm: [score(arm, prompt) for prompt in prompts] for arm in arms}
+    several = len(prompts) > 1
+    sheet = {} if several else {"hint": drawn(*HELD_OUT)[1][:COLUMNS] * 2 - 1}
+    for (name, seed, _), kinds in scored.items():
+        if seed == 0:
+            sheet[name] = [samples[0] for _, samples in kinds] if several else kinds[0][1]
+    draw_sheet(sheet, DOCS / f"{group}.png", prompts if several else ())
+    return [row for kinds in scored.values() for row, _ in kinds]
+
+
+def score_palette() -> list[dict]:
+    """Fig. 6, ring and palette without a prompt: nine settings; then, on other pairs, the best and each hint alone."""
+    models = {"ring": "fill50k", "palette": "palette"}
+    controlnets = {hint: load(MODELS / name / "controlnet.safetensors") for hint, name in models.items()}
+
+    def scored(of: tuple[int, int], scale: float, strengths: dict[str, float]) -> dict:
+        (pairs, rings), (_, palettes) = drawn(*of), drawn(*of, palette=True)
+        hints, prompts = {"ring": rings, "palette": palettes}, [""] * len(rings)
+        chosen = [controlnets[hint] for hint in strengths], [hints[hint] for hint in strengths]
+        images = sample(base(), *chosen, prompts, guidance_scale=scale, strengths=[*strengths.values()])
+        return {"guidance_scale": scale, "strengths": strengths} | scores_of(images, rings, pairs.prompts)
+
+    grid = [(scale, {"ring": ring, "palette": 1.0}) for scale in (4.0, 6.0, 9.0) for ring in (1.0, 1.5, 2.0)]
+    tried = [scored(TRIED, *setting) for setting in grid]
+    scale, strengths = grid[max(range(len(grid)), key=lambda i: sum(tried[i]["iou"]))]
+    return tried + [scored(HELD_OUT, scale, kept) for kept in (strengths, {"ring": 1.0}, {"palette": 1.0})]
+
+
+def score_fill50k() -> list[dict]:
+    """Three samples of each of the authors' four pairs in tests/, from the ControlNet that ships: docs/fill50k.png."""
+    pairs = PairedImages(ROOT / "tests" / "fill50k", TINY.resolution)
+    controlnet, rows, sheet = load(MODELS / "fill50k" / "controlnet.safetensors"), [], {}
+    for i, prompt in enumerate(pairs.prompts):
+        hints, prompts = pairs.hint(i).expand(3, -1, -1, -1), [prompt] * 3
+        images = sample(base(), [controlnet], [hints], prompts)
+        rows.append({"prompt": prompt} | scores_of(images, hints, prompts))
+        sheet[fill(prompt, 14)] = [hints[0] * 2 - 1, pairs.image(i), *images]
+    below = [["", "", *(f"IoU {iou:.2f}" for iou in row["iou"])] for row in rows]
+    draw_sheet(sheet, DOCS / "fill50k.png", ["hint", "target", *["sample"] * 3], below)
+    return rows
