@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from controlnet import HINT_CHANNELS
-from support.diffusers_format import BASE_FILES
+from formats.diffusers import BASE_FILES
+from formats.layouts import load
+from formats.networks import read_base, read_tokenizer
+from formats.sizes import base_sizes
 from support.hub import locate
-from support.reading import read_base_sizes, read_part_of_base
-from support.sizes import read_tokenizer, sizes_of
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
-from weights import BASE, DIFFUSERS, load
 
 TINY_FILE = Path(__file__).parent / "models" / "tiny" / "tiny-stable-diffusion.safetensors"
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -79,18 +79,16 @@ class StableDiffusion(nn.Module):
     def load(cls, source: str | Path) -> "StableDiffusion":
         """Load in float32 from "tiny" (ships here), "sd15", a local file or folder, owner/repo:file or owner/repo.
 
-        A folder or a repository is one in diffusers' layout. Sizes come from metadata or settings, or else from the
-        tensors' shapes. What is in float32 stays memory-mapped. Raises UserError if it can't be found or downloaded,
-        is damaged, or is no Stable Diffusion 1.x.
+        A folder or a repository is one in diffusers' layout. What is in float32 stays memory-mapped.
         """
         path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
-        sizes = {"latent_scale": SD15.latent_scale} | read_base_sizes(path, BASE, DIFFUSERS)
+        parts = read_base(path)
+        sizes = {"latent_scale": SD15.latent_scale} | base_sizes(*parts)
         tokenizer = read_tokenizer(path, sizes["text"].vocab_size, SD15_REPO)
-        with sizes_of(path):
+        with torch.device("meta"):
             sd = cls(tokenizer, **sizes)
-        # Map the file again for each network, so that memory is freed as soon as the network has been converted.
         for network in (sd.unet, sd.vae, sd.text_encoder):
-            load(network, read_part_of_base(path, type(network), BASE, DIFFUSERS))
+            load(network, parts.pop(0))  # one after the other, so that of a converted one only the copy is in memory
         return sd.eval()
 
     @property

@@ -13,11 +13,12 @@ from standin import ROOT
 from controlnet import ControlNet, Denoiser
 from data import DrawnImages
 from diffusion import NoiseSchedule
+from formats.diffusers import LAYOUTS
 from stable_diffusion import SD15, TINY, TINY_FILE, StableDiffusion
 from support.errors import UserError
 from tools import versus_diffusers
 from tools.bench import count, refuse_if_busy
-from weights import DIFFUSERS, save_controlnet
+from weights import save_controlnet
 
 
 def test_both_sides_do_the_same_work(tmp_path, monkeypatch):
@@ -59,7 +60,7 @@ def test_both_sides_do_the_same_work(tmp_path, monkeypatch):
     # deep blocks, the rounding of what was summed is left: a millionth of the whole gradient.
     whole = torch.nn.utils.get_total_norm(gradients.values())
     for name, parameter in controlnet.named_parameters():
-        other = gradients[DIFFUSERS[ControlNet][0].theirs(name)]
+        other = gradients[LAYOUTS[ControlNet][0].theirs(name)]
         assert (parameter.grad - other).norm() <= 1e-4 * other.norm() + 1e-6 * whole, name
 
 

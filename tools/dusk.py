@@ -13,11 +13,10 @@ from torch import Tensor
 from convergence import FOLLOWED
 from data import DRAWN_HELD_OUT, DrawnImages
 from metrics import circle_distance, prompt_colours
-from sample import generate
+from sample import generate, locate_controlnet
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.errors import run_command_line
 from support.files import save_json
-from support.loading import locate_controlnet
 from support.options import ArgumentParser
 from support.pictures import contact_sheet, save_picture
 from tools.pretrain import Fit, encode_scenes, learn_to_paint, pack

@@ -16,17 +16,17 @@ from torch import Tensor
 from controlnet import ControlNet
 from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
+from formats.networks import read_controlnet
+from formats.sizes import own_metadata
+from sample import locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError
 from support.files import read_json, write_atomically
-from support.loading import load_decoders, locate_controlnet
 from support.randomness import HELD_OUT, generator_for
-from support.reading import read_controlnet
-from support.sizes import own_metadata
 from vae import sample_latent
-from weights import CONTROLNETS, load_controlnet
+from weights import load_controlnet, load_decoders
 
 BANDS = 8  # of the time steps, each as wide as the others
 HINTS = ("own", "other", "empty", "none")  # that the loss is measured with
@@ -180,7 +180,7 @@ def steps_in_folder(folder: Path) -> dict[int, Path]:
 def readable(path: Path) -> bool:
     """Whether it was written to its end; says so if it is not."""
     try:
-        read_controlnet(path, CONTROLNETS)
+        read_controlnet(path)
         return True
     except UserError as error:
         print(f"warning: left out, {error}", file=sys.stderr)
@@ -230,7 +230,7 @@ def main() -> None:
     training = read_json(folder / "config.json") if found and (folder / "config.json").is_file() else {}
     if not found:
         paths = {0: locate_controlnet(args.controlnet)}
-        _, _, metadata = read_controlnet(paths[0], CONTROLNETS)  # raises UserError before anything else is loaded
+        metadata = read_controlnet(paths[0]).metadata  # raises UserError before anything else is loaded
         training = own_metadata(metadata, "config")
     if not paths:
         raise UserError(f"{args.controlnet}: none of its checkpoints can be read: train on, or pass another folder")
@@ -254,7 +254,7 @@ def main() -> None:
             print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
                   "train with more --validation-hints, or take fewer --pairs", file=sys.stderr)  # fmt: skip
     warn_if_slow(sd.unet, device)
-    if load_decoders(sd, list(paths.values())):
+    if load_decoders(sd.unet, list(paths.values())):
         print("its decoder was trained too: the column none is the base with that decoder")
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")

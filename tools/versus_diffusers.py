@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_text import CLIPTextConfig, Tokenizer
+from formats.diffusers import BETAS, unet_settings
 from stable_diffusion import Preset
-from support.diffusers_format import BETAS, text_settings, unet_settings, vae_settings
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -47,11 +47,19 @@ def base_models(unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, latent_s
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    levels = len(vae.channel_mult)
     return (
-        UNet2DConditionModel.from_config(unet_settings(unet)),
-        AutoencoderKL.from_config(vae_settings(vae, latent_scale)),
-        transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(text))),
-    )
+        UNet2DConditionModel(**unet_settings(unet)),
+        AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+            block_out_channels=[vae.channels * mult for mult in vae.channel_mult], layers_per_block=vae.num_res_blocks,
+            latent_channels=vae.latent_channels, norm_num_groups=vae.norm_groups, scaling_factor=latent_scale,
+        ),
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=text.mlp_width,
+            num_hidden_layers=text.num_layers, num_attention_heads=text.num_heads,
+        )),
+    )  # fmt: skip
 
 
 def training(args: Namespace, device: torch.device, timer) -> None:
