@@ -199,6 +199,7 @@ def unet_settings(config: UNetConfig) -> dict:
         "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads in SD 1.x
         "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],
         "cross_attention_dim": config.context_dim,
+        "layers_per_block": config.num_res_blocks,
         "norm_num_groups": config.norm_groups,
     }
 

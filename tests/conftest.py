@@ -14,13 +14,10 @@ from tools.versus_diffusers import base_models
 from weights import official_state_dict
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
-    "betas": (1000,),
-    "alphas_cumprod": (1000,),
-    "sqrt_one_minus_alphas_cumprod": (1000,),
-    "model_ema.decay": (),
+    "betas": (1000,), "alphas_cumprod": (1000,), "model_ema.decay": (),
     "model_ema.diffusion_modelinput_blocks00weight": (8,),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -82,11 +79,11 @@ def nano(scratch):
     unet, vae, text = NANO
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sd = StableDiffusion(Tokenizer.from_merges(merges), text, vae, unet, latent_scale=1.0)
-    tensors = {}
-    for network in (sd.unet, sd.vae, sd.text_encoder):
-        tensors |= official_state_dict(network)
-    save_tensors(tensors, path, config_metadata(sd))
+        sd = StableDiffusion(Tokenizer.from_merges(merges), text, vae, unet, latent_scale=1.0).requires_grad_(False)
+        for parameter in sd.parameters():  # norms are not all ones and zeros
+            parameter += 0.05 * torch.randn_like(parameter)
+    networks = sd.unet, sd.vae, sd.text_encoder
+    save_tensors({k: v for n in networks for k, v in official_state_dict(n).items()}, path, config_metadata(sd))
     return path
 
 
