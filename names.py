@@ -4,6 +4,9 @@ A rule is (ours, official), in which {i} and {j} stand for numbers. It is about 
 bias), which is the same in both; no name fits two rules of a table.
 """
 
+import re
+from functools import cache
+
 from torch import nn
 
 from clip_text import CLIPTextModel
@@ -17,6 +20,20 @@ Rules = list[tuple[str, str]]
 def nest(ours: str, theirs: str, rules: Rules) -> Rules:
     """The rules of a submodule that is called `ours` here and `theirs` there."""
     return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in rules]
+
+
+@cache
+def pattern(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)"))
+
+
+def translate(name: str, rules: Rules) -> str | None:
+    """A tensor's name from the left side of the rules to the right one; None if no rule fits."""
+    stem, _, leaf = name.rpartition(".")
+    for left, right in rules:
+        if match := pattern(left).fullmatch(stem):
+            return f"{right.format(**match.groupdict())}.{leaf}"
+    return None
 
 
 RESNET = [
@@ -33,30 +50,26 @@ TRANSFORMER = [
 ]  # fmt: skip
 ENCODER = [  # what the UNet and its copy, the ControlNet, share
     ("time_embed.{i}", "time_embed.{i}"),
-    ("encoder.0.conv", "input_blocks.0.0"),
-    ("encoder.{i}.downsample", "input_blocks.{i}.0.op"),
+    ("encoder.0.conv", "input_blocks.0.0"), ("encoder.{i}.downsample", "input_blocks.{i}.0.op"),
     *nest("encoder.{i}.resnet", "input_blocks.{i}.0", RESNET),
     *nest("encoder.{i}.transformer", "input_blocks.{i}.1", TRANSFORMER),
     *nest("middle.resnet1", "middle_block.0", RESNET),
     *nest("middle.transformer", "middle_block.1", TRANSFORMER),
     *nest("middle.resnet2", "middle_block.2", RESNET),
-]
+]  # fmt: skip
 UNET = [
     *ENCODER,
     *nest("decoder.{i}.resnet", "output_blocks.{i}.0", RESNET),
     *nest("decoder.{i}.transformer", "output_blocks.{i}.1", TRANSFORMER),
     ("decoder.2.upsample.conv", "output_blocks.2.1.conv"),  # it follows the ResBlock: level 3 has no transformers
-    ("decoder.5.upsample.conv", "output_blocks.5.2.conv"),
-    ("decoder.8.upsample.conv", "output_blocks.8.2.conv"),
-    ("norm_out", "out.0"),
-    ("conv_out", "out.2"),
-]
+    *[(f"decoder.{i}.upsample.conv", f"output_blocks.{i}.2.conv") for i in (5, 8)],
+    ("norm_out", "out.0"), ("conv_out", "out.2"),
+]  # fmt: skip
 CONTROLNET = [
     *ENCODER,
     ("hint_encoder.{i}", "input_hint_block.{i}"),
-    ("zero_convs.{i}", "zero_convs.{i}.0"),
-    ("middle_zero_conv", "middle_block_out.0"),
-]
+    ("zero_convs.{i}", "zero_convs.{i}.0"), ("middle_zero_conv", "middle_block_out.0"),
+]  # fmt: skip
 VAE_RESNET = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")] + [("shortcut", "nin_shortcut")]
 VAE_ATTENTION = [("norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out", "proj_out")]
 VAE_SIDE = [  # encoder and decoder have these in common
@@ -72,20 +85,18 @@ VAE = [
     *nest("decoder", "decoder", VAE_SIDE),
     *nest("decoder.levels.{i}.resnets.{j}", "decoder.up.{i}.block.{j}", VAE_RESNET),
     ("decoder.levels.{i}.resample.conv", "decoder.up.{i}.upsample.conv"),
-    ("to_moments", "quant_conv"),
-    ("from_latent", "post_quant_conv"),
-]
+    ("to_moments", "quant_conv"), ("from_latent", "post_quant_conv"),
+]  # fmt: skip
 CLIP_ATTENTION = [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "out_proj")]
 CLIP_LAYER = [
     ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2"),
     *nest("attention", "self_attn", CLIP_ATTENTION),
 ]  # fmt: skip
 CLIP = [
-    ("token_embedding", "embeddings.token_embedding"),
-    ("position_embedding", "embeddings.position_embedding"),
+    ("token_embedding", "embeddings.token_embedding"), ("position_embedding", "embeddings.position_embedding"),
     *nest("layers.{i}", "encoder.layers.{i}", CLIP_LAYER),
     ("norm_out", "final_layer_norm"),
-]
+]  # fmt: skip
 
 TABLES: dict[type[nn.Module], tuple[str, Rules]] = {  # the prefix of a network's names in a file, and their rules
     UNet: ("model.diffusion_model.", UNET),

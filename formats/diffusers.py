@@ -31,7 +31,6 @@ CONTROLNET_FILES = ["config.json", FILE]
 BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/*", f"unet/{FILE}", f"vae/{FILE}",
               "text_encoder/model.safetensors"]  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------
 # Names. Blocks are numbered level by level; inside a transformer and in the text encoder names are the official ones.
 
 RESNET = [
@@ -82,21 +81,19 @@ CONTROLNET = [
 
 
 def vae_rules(attention: Rules) -> Rules:
-    side = [
-        ("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"),
-        *nest("middle.resnet1", "mid_block.resnets.0", RESNET),
-        *nest("middle.attention", "mid_block.attentions.0", attention),
-        *nest("middle.resnet2", "mid_block.resnets.1", RESNET),
-    ]  # fmt: skip
     rules = [("to_moments", "quant_conv"), ("from_latent", "post_quant_conv")]
-    rules += nest("encoder", "encoder", side) + nest("decoder", "decoder", side)
-    for level in range(4):  # the decoder's are numbered from the smallest features up, here from the picture down
-        ours, theirs = f"encoder.levels.{level}", f"encoder.down_blocks.{level}"
-        rules += nest(f"{ours}.resnets.{{i}}", f"{theirs}.resnets.{{i}}", RESNET)
-        rules += nest(ours, theirs, [("resample.conv", "downsamplers.0.conv")])
-        ours, theirs = f"decoder.levels.{level}", f"decoder.up_blocks.{3 - level}"
-        rules += nest(f"{ours}.resnets.{{i}}", f"{theirs}.resnets.{{i}}", RESNET)
-        rules += nest(ours, theirs, [("resample.conv", "upsamplers.0.conv")])
+    for side, blocks, resamplers in (
+        ("encoder", "down_blocks", "downsamplers"),
+        ("decoder", "up_blocks", "upsamplers"),
+    ):
+        rules += nest(side, side, [("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")])
+        rules += nest(f"{side}.middle.resnet1", f"{side}.mid_block.resnets.0", RESNET)
+        rules += nest(f"{side}.middle.attention", f"{side}.mid_block.attentions.0", attention)
+        rules += nest(f"{side}.middle.resnet2", f"{side}.mid_block.resnets.1", RESNET)
+        for level in range(4):  # the decoder's are numbered from the smallest features up, here from the picture down
+            ours, theirs = f"{side}.levels.{level}", f"{side}.{blocks}.{level if side == 'encoder' else 3 - level}"
+            rules += nest(f"{ours}.resnets.{{i}}", f"{theirs}.resnets.{{i}}", RESNET)
+            rules += [(f"{ours}.resample.conv", f"{theirs}.{resamplers}.0.conv")]
     return rules
 
 
@@ -112,10 +109,9 @@ LAYOUTS = {  # the one that is written today comes first
     ControlNet: [Layout("diffusers", CONTROLNET, mark=f"{HINT}conv_in.weight")],
 }
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings, in config.json
+# Settings, in config.json. The checked ones decide the numbers and show in no shape: Stable Diffusion 1.x has these,
+# and folders may or may not say so. The ignored ones have no effect, or shapes show them, or they are read elsewhere.
 
-# What decides the numbers and shows in no shape: Stable Diffusion 1.x has these, and folders may or may not say so.
 ORDER = "controlnet_conditioning_channel_order"
 CHECKED_SETTINGS = {
     "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1,
@@ -124,7 +120,7 @@ CHECKED_SETTINGS = {
     "class_embed_type": None, "addition_embed_type": None, "global_pool_conditions": False, ORDER: "rgb",
     "shift_factor": None, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
-IGNORED_SETTINGS = (  # of no effect on the numbers, shown by a shape, or read in apply_settings
+IGNORED_SETTINGS = (
     "addition_embed_type_num_heads", "architectures", "attention_head_dim", "attention_type", "block_out_channels",
     "bos_token_id", "conditioning_channels", "conditioning_embedding_out_channels", "conv_in_kernel",
     "conv_out_kernel", "cross_attention_dim", "down_block_types", "dtype", "eos_token_id", "force_upcast",
@@ -150,12 +146,6 @@ def check_settings(path: Path, theirs: dict, ours: dict) -> None:
             raise UserError(f"{path}: {name} is {value!r}, this program takes {wanted!r} alone: pass another model")
 
 
-def check_schedule(path: Path) -> None:
-    """Raise UserError for the scheduler of another diffusion process; which sampler it names does not matter."""
-    if path.is_file():
-        check_settings(path, SCHEDULE_DEFAULTS | read_json(path), SCHEDULE)
-
-
 def apply_settings(part: Part, network: type[nn.Module], path: Path) -> Part:
     """A network as the config.json beside it says that it has to be read. Raises UserError where that can't be done."""
     settings, kind = read_json(path), CLASSES.get(network)
@@ -165,9 +155,8 @@ def apply_settings(part: Part, network: type[nn.Module], path: Path) -> Part:
         part.tensors["hint_encoder.0.weight"] = part.tensors["hint_encoder.0.weight"].flip(1)  # not each hint
         settings[ORDER] = "rgb"
     check_settings(path, settings, CHECKED_SETTINGS)
-    known = (*CHECKED_SETTINGS, *IGNORED_SETTINGS)
     given = [name for name, value in settings.items() if value not in (None, False) and not name.startswith("_")]
-    if unknown := [name for name in given if name not in known]:
+    if unknown := [name for name in given if name not in (*CHECKED_SETTINGS, *IGNORED_SETTINGS)]:
         print(f"warning: {path}: not known here, so ignored: {', '.join(unknown)}", file=sys.stderr)
     return replace(part, hidden={
         "num_heads": settings.get("num_attention_heads") or settings.get("attention_head_dim", 8),  # their default
@@ -177,20 +166,16 @@ def apply_settings(part: Part, network: type[nn.Module], path: Path) -> Part:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weight file in the folder of a single network. Raises UserError, with what may have been meant."""
-    if file := next(
-        (path for ending in ENDINGS for name in NAMES if (path := folder / f"{name}{ending}").is_file()), None
-    ):
+    """The weight file in the folder of a single network."""
+    files = [folder / f"{name}{ending}" for ending in ENDINGS for name in NAMES]
+    if file := next(filter(Path.is_file, files), None):
         return file
     if (folder / "unet").is_dir():
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
     if any(folder.glob("*index*.json")):
         raise UserError(f"{folder}: its weights are split over several files: save them as one, {FILE}")
-    found = sorted(
-        str(path.relative_to(folder)) for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}.safetensors")
-    )
-    raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: "
-                    f"{' or '.join(found[:3]) or f'the one with {FILE}'}")  # fmt: skip
+    others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or f"the one with {FILE}"
+    raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
 
 
 def unet_settings(config: UNetConfig) -> dict:

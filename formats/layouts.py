@@ -1,31 +1,15 @@
 """What files call a network's tensors; what was picked out of one, under our names; and loading that, strictly."""
 
-import re
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
-from names import CONTROLNET, TABLES, Rules
+from names import CONTROLNET, TABLES, Rules, translate
 from support.errors import UserError
 
 LARGEST = 2**20  # of a tensor's sides that are taken for a network's sizes
-
-
-@cache
-def pattern(template: str) -> re.Pattern:
-    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)"))
-
-
-def translate(name: str, rules: Rules) -> str | None:
-    """A tensor's name from the left side of the rules to the right one; None if no rule fits."""
-    stem, _, leaf = name.rpartition(".")
-    for left, right in rules:
-        if match := pattern(left).fullmatch(stem):
-            return f"{right.format(**match.groupdict())}.{leaf}"
-    return None
 
 
 @dataclass(frozen=True)

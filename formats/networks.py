@@ -74,7 +74,9 @@ def read_base(path: Path) -> list[Part]:
     if missing := [name for name in diffusers.FOLDERS.values() if not (path / name).is_dir()]:
         raise UserError(f"{path} has no {missing[0]}/ in it, as a base's folder in diffusers' layout does: pass such a "
                         "folder, or a single file")  # fmt: skip
-    diffusers.check_schedule(path / "scheduler" / "scheduler_config.json")
+    schedule = path / "scheduler" / "scheduler_config.json"
+    if schedule.is_file():  # the sampler that it names does not matter, the diffusion process does
+        diffusers.check_settings(schedule, diffusers.SCHEDULE_DEFAULTS | read_json(schedule), diffusers.SCHEDULE)
     return [read_network(path / folder, network) for network, folder in diffusers.FOLDERS.items()]
 
 
@@ -94,20 +96,19 @@ def refuse_own(part: Part) -> None:
 
 
 def read_tokenizer(base: Path, vocab_size: int, repo: str) -> Tokenizer:
-    """Out of the list of merges beside a base or in its folder, in tokenizer/ there, or in the hub's `repo`.
-
-    That is merges.txt, or the tokenizer.json that transformers writes since its version 5.
-    """
+    """Its merges are in a file beside a base or in its folder, in tokenizer/ there, or in the hub's `repo`."""
     folder = base if base.is_dir() else base.parent
-    places = [folder / name for name in ("merges.txt", "tokenizer/merges.txt", "tokenizer/tokenizer.json")]
-    merges = next((place for place in places if place.is_file()), None)
-    if merges is None:
+    names = ("merges.txt", "tokenizer/merges.txt", "tokenizer/tokenizer.json")  # transformers 5 writes the last alone
+    if (merges := next((folder / name for name in names if (folder / name).is_file()), None)) is None:
         merges = fetch(repo, "tokenizer/merges.txt", f"put the tokenizer's merges.txt beside {base}")
-    with reading(merges, "list of BPE merges"):
-        if merges.suffix == ".json":
-            pairs = read_json(merges)["model"]["merges"]
-            tokenizer = Tokenizer([tuple(pair.split() if isinstance(pair, str) else pair) for pair in pairs])
-        else:
+    if merges.suffix == ".json":
+        model = read_json(merges).get("model")
+        pairs = model.get("merges") if isinstance(model, dict) else None
+        pairs = pairs if isinstance(pairs, list) else []
+        lines = [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in pairs]
+        tokenizer = Tokenizer([tuple(line.split()) for line in lines])
+    else:
+        with reading(merges, "list of BPE merges"):
             tokenizer = Tokenizer.from_merges(merges)
     if len(tokenizer.ids) != vocab_size:
         raise UserError(f"{merges} makes {len(tokenizer.ids)} tokens, but {base} was trained with {vocab_size}: put "

@@ -12,6 +12,7 @@ ONLY = "only Stable Diffusion 1.x and its descendants fit"
 KINDS = [
     (("lora_controlnet",), "a Control-LoRA", "pass the full ControlNet"),
     (("motion_modules.",), "AnimateDiff's SparseCtrl or motion module", "pass a ControlNet for single pictures"),
+    (("ctrl_to_base", "control_to_base", "enc_zero_convs_out"), "a ControlNet-XS", "pass a ControlNet"),
     (("adapter.body.", "body.0.block1.", "body.0.in_conv.", "body.0.resnets."), "a T2I-Adapter", "pass a ControlNet"),
     (("ip_adapter.", "image_proj."), "an IP-Adapter", "pass a ControlNet or a base"),
     (("lllite_",), "a ControlLLLite", "pass a ControlNet"),

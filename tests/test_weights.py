@@ -13,9 +13,10 @@ from standin import CONFIGS, MANIFEST, NANO, deviation, run_main, same_state, sa
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from formats.diffusers import CONTROLNET_FILES, FILE, controlnet_settings
-from formats.layouts import BARE, OFFICIAL, OWN, pattern
+from formats.layouts import BARE, OFFICIAL, OWN
 from formats.networks import LAYOUTS, pick, read_tokenizer
 from formats.sizes import base_sizes, sizes_in_metadata
+from names import pattern
 from stable_diffusion import SD15_REPO, StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors, save_tensors
