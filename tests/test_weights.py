@@ -69,10 +69,6 @@ def refusal(read, *arguments) -> str:
     return str(raised.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Names
-
-
 @pytest.mark.parametrize("size", CONFIGS)
 def test_names_are_the_official_ones(size):
     counts = {"unet": 686, "control": 340, "vae": 248, "clip": 196 if size == "sd15" else 52}
@@ -118,10 +114,6 @@ def test_loading_and_writing_are_inverse():
     assert shared.conv_out.weight.data_ptr() == tensors[name].data_ptr()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# ControlNet's layouts
-
-
 def test_controlnet_files_that_are_read(controlnet, unet, nano, tmp_path):
     own, bare = controlnet.state_dict(), in_layout(controlnet, BARE)
     in_all_of_sd = official_state_dict(controlnet) | read_tensors(nano)[0]  # as ControlNet 1.0 was released
@@ -143,34 +135,35 @@ def test_controlnet_files_that_are_read(controlnet, unet, nano, tmp_path):
     assert same_state(load_controlnet(tmp_path / FILE, unet), controlnet)
 
 
+SETTINGS = [  # of a ControlNet's folder, changed; what the line must say
+    ({"global_pool_conditions": True}, "global_pool_conditions is True"),
+    ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order is 'gbr'"),
+    ({"addition_embed_type": "text"}, "addition_embed_type is 'text'"),
+    ({"num_attention_heads": 2}, "num_heads 2, this one has 1"),
+    ({"attention_head_dim": [4, 4]}, "num_heads [4, 4], this one has 1"),
+    ({"_class_name": "SparseControlNetModel"}, "holds SparseControlNetModel, not ControlNetModel"),
+    ({"_class_name": ["T2IAdapter"]}, "holds ['T2IAdapter'], not ControlNetModel"),
+]
+
+
 def test_a_folder_and_a_file_in_it_have_its_settings(controlnet, unet, tmp_path):
-    folder, config = tmp_path / "folder", tmp_path / "folder" / "config.json"
-    save_controlnet(controlnet, folder, layout="diffusers")
+    config, other = tmp_path / "config.json", tmp_path / "canny.safetensors"
+    save_controlnet(controlnet, tmp_path, layout="diffusers")
     settings = json.loads(config.read_text())
-    for path in (folder, folder / FILE):
+    for path in (tmp_path, tmp_path / FILE):
         assert same_state(load_controlnet(path, unet), controlnet)
-    cases = [  # changed settings, what the line must say
-        ({"global_pool_conditions": True}, "global_pool_conditions is True"),
-        ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order is 'gbr'"),
-        ({"addition_embed_type": "text"}, "addition_embed_type is 'text'"),
-        ({"num_attention_heads": 2}, "num_heads 2, this one has 1"),
-        ({"attention_head_dim": None, "num_attention_heads": [4, 4]}, "num_heads [4, 4], this one has 1"),
-        ({"_class_name": "SparseControlNetModel"}, "holds SparseControlNetModel, not ControlNetModel"),
-        ({"_class_name": ["T2IAdapter"]}, "holds ['T2IAdapter'], not ControlNetModel"),
-    ]
-    for changed, fragment in cases:
-        config.write_text(json.dumps(settings | changed))
-        assert fragment in refusal(load_controlnet, folder, unet)
-        assert fragment in refusal(load_controlnet, folder / FILE, unet)
-    del settings["attention_head_dim"]  # diffusers has 8 then
-    config.write_text(json.dumps(settings))
-    assert "num_heads 8, this one has 1" in refusal(load_controlnet, folder, unet)
-    (folder / FILE).rename(folder / "canny.safetensors")  # a name of its own: the settings may be another file's
-    assert same_state(load_controlnet(folder / "canny.safetensors", unet), controlnet)
-    assert "a network's own folder: canny.safetensors" in refusal(load_controlnet, folder, unet)
+        for changed, fragment in SETTINGS:
+            config.write_text(json.dumps(settings | changed))
+            assert fragment in refusal(load_controlnet, path, unet)
+        config.write_text(json.dumps(settings))
+    config.write_text(json.dumps({name: value for name, value in settings.items() if name != "attention_head_dim"}))
+    assert "num_heads 8, this one has 1" in refusal(load_controlnet, tmp_path, unet)  # diffusers' default
+    (tmp_path / FILE).rename(other)  # a name of its own: the settings may be another file's
+    assert same_state(load_controlnet(other, unet), controlnet)
+    assert "a network's own folder: canny.safetensors" in refusal(load_controlnet, tmp_path, unet)
     config.unlink()
-    (folder / "canny.safetensors").rename(folder / "diffusion_pytorch_model.fp16.safetensors")
-    assert same_state(load_controlnet(folder, unet), controlnet)
+    other.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert same_state(load_controlnet(tmp_path, unet), controlnet)
 
 
 def test_lite_keeps_our_names_and_has_no_other_layout(unet, tmp_path):
@@ -192,12 +185,7 @@ def test_diffusers_reads_ours_and_we_read_theirs(controlnet, unet, tmp_path, mon
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 8, 16), (2, 3, 64, 128), (2, 77, 16)
     x, hint, context = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    t, folder, single, theirs = (
-        torch.tensor([1, 981]),
-        tmp_path / "folder",
-        tmp_path / "a.safetensors",
-        tmp_path / "bgr",
-    )
+    t, (folder, single, theirs) = torch.tensor([1, 981]), (tmp_path / name for name in ("a", "b.safetensors", "bgr"))
     save_controlnet(controlnet, folder, layout="diffusers")
     save_controlnet(controlnet, single, others=official_state_dict(unet))
     bgr = ControlNetModel.from_pretrained(folder, controlnet_conditioning_channel_order="bgr")
@@ -217,9 +205,8 @@ def test_diffusers_reads_ours_and_we_read_theirs(controlnet, unet, tmp_path, mon
 
 def test_converting_there_and_back(controlnet, tmp_path, monkeypatch, capsys):
     """Tensor by tensor; the sizes that no shape shows go along in the metadata and in config.json."""
-    first, copy, folder, back, half = (
-        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c", "d.safetensors", "e")
-    )
+    first, copy, back = (tmp_path / f"{name}.safetensors" for name in ("first", "copy", "back"))
+    folder, half = tmp_path / "folder", tmp_path / "half"
     decoder = {"model.diffusion_model.out.2.bias": torch.ones(4)}
     save_controlnet(controlnet, first, metadata={"license": "x", "unlock_decoder": "true"}, others=decoder)
     run_main(monkeypatch, convert, first, copy, "--layout", "official")
@@ -230,14 +217,10 @@ def test_converting_there_and_back(controlnet, tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, convert, back, half, "--layout", "diffusers", "--dtype", "fp16")
     assert f"{folder}: ControlNet in the diffusers layout, 336 tensors" in capsys.readouterr().out
     assert equal(read_tensors(first)[0], read_tensors(back)[0] | decoder)
-    assert equal(in_layout(controlnet.half(), DIFFUSERS), read_tensors(half / FILE)[0])
-    controlnet.float()
+    theirs = in_layout(controlnet, DIFFUSERS)
+    assert equal({name: tensor.half() for name, tensor in theirs.items()}, read_tensors(half / FILE)[0])
     for path in (folder, half):
         assert json.loads((path / "config.json").read_text()) == controlnet_settings(controlnet.config, HINT_CHANNELS)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files that don't fit. What fails before a tensor is compared, tests/test_errors.py has.
 
 
 UNET = "model.diffusion_model."
@@ -318,10 +301,11 @@ def test_large_weights_in_half_precision_are_finite(unet):
     assert copy.conv_out.weight.max() == 60_000
 
 
-WRONG_FILES = [  # shapes of the tensors beside 16 hint channels, what they are
+WRONG_FILES = [  # shapes of tensors, what they are
     ({"lora_controlnet": ()}, "a Control-LoRA"),
     ({"adapter.body.0.block1.weight": (320, 256, 3, 3)}, "a T2I-Adapter"),
     ({"x.lora_up.weight": (4, 4)}, "a LoRA: it only modifies"),
+    ({"control_model.x": (4, 4), "ctrl_to_base.x": (4, 4)}, "a ControlNet-XS"),
     ({"double_blocks.0.weight": (4, 4)}, "a diffusion transformer such as Flux"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "add_embedding.linear_1.weight": (4, 4)}, "SDXL"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
@@ -351,7 +335,7 @@ def test_files_that_are_no_base(controlnet, nano, tmp_path):
     assert same_state(StableDiffusion.load(path), StableDiffusion.load(nano))  # old merges have these names
 
 
-def test_shuffle_is_named_once(controlnet, unet, tmp_path, monkeypatch, capsys):
+def test_shuffle_is_named_once(controlnet, tmp_path, monkeypatch, capsys):
     path = tmp_path / "control_v11e_sd15_shuffle.safetensors"
     save_controlnet(controlnet, path)
     run_main(monkeypatch, convert, path, tmp_path / "folder", "--layout", "diffusers")
