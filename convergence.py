@@ -20,21 +20,20 @@ from torch import Tensor
 from controlnet import ControlNet, Denoiser
 from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
+from formats.networks import read_controlnet
+from formats.sizes import own_metadata
 from metrics import circle_iou, colour_error, is_circle_task
-from sample import generate
+from sample import generate, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.files import read_json
-from support.loading import load_decoders, locate_controlnet
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_checkpoints, plot_logs
 from support.randomness import HELD_OUT, generator_for
-from support.reading import read_controlnet
-from support.sizes import own_metadata
 from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
 from vae import sample_latent
-from weights import CONTROLNETS, load_controlnet
+from weights import load_controlnet, load_decoders
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which train.py measures hint sensitivity and gap, one held-out pair each
@@ -210,7 +209,7 @@ def find_checkpoints(source: str) -> tuple[dict[int | None, Path], dict]:
         config = folder / "config.json"
         return dict(sorted(found.items())), read_json(config) if config.is_file() else {}
     path = locate_controlnet(source)
-    return {None: path}, own_metadata(read_controlnet(path, CONTROLNETS)[2], "config")
+    return {None: path}, own_metadata(read_controlnet(path).metadata, "config")
 
 
 def parse_arguments():
@@ -253,7 +252,7 @@ def main() -> None:
     measured = {}
     for step, path in checkpoints.items():
         controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-        if load_decoders(sd, [path]) and not measured:
+        if load_decoders(sd.unet, [path]) and not measured:
             print("its decoder was trained too: the column none is the base with that decoder")
         place_for_sampling(sd, [controlnet], device, precision)
         measured[step] = measure(sd, controlnet, pairs, args.seed)

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from controlnet import CONTROL_MODES, ControlNet
 from data import draw_outline, signed_distance
-from sample import generate
+from sample import generate, load_to_sample, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.checkpoints import find_snapshots
 from support.detect import add_options, detector
 from support.devices import choose_device, sampling_precision
-from support.loading import brings_decoder, load_to_sample, locate_controlnet
 from support.log import read_log
 from support.pictures import fit_image, to_picture
 from support.threads import as_it_happens
-from weights import load_controlnet
+from weights import brings_decoder, load_controlnet
 
 SHIPPED = Path(__file__).parent / "models" / "fill50k" / "controlnet.safetensors"
 

@@ -13,13 +13,15 @@ from tqdm import tqdm
 
 from controlnet import CONTROL_MODES, ControlNet, add_residuals, control_weights
 from diffusion import NoiseSchedule, ddim, guided_noise
+from formats.diffusers import CONTROLNET_FILES
 from stable_diffusion import StableDiffusion
 from support import options
 from support.detect import add_options, detector
-from support.devices import choose_device, sampling_precision
+from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.files import make_folder
-from support.loading import load_to_sample, locate_controlnet
+from support.hub import locate
 from support.pictures import fit_image, open_image, save_samples
+from weights import load_controlnet, load_decoders
 
 AT_ONCE = 8  # images in a batch, to bound the memory
 
@@ -88,6 +90,24 @@ def generate(
     with tqdm(total=steps * len(firsts), desc="sampling", disable=not progress) as bar:
         batches = [(slice(first, first + AT_ONCE), seed + first) for first in firsts]
         return torch.cat([sample_batch(prompts[part], [hint[part] for hint in hints], s) for part, s in batches])
+
+
+def locate_controlnet(source: str | Path) -> Path:
+    """Where the ControlNet that --controlnet means lies, after a download if need be. Raises UserError as locate."""
+    return locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE")
+
+
+def load_to_sample(
+    base: str, paths: list[Path], device: torch.device, precision: str
+) -> tuple[StableDiffusion, list[ControlNet]]:
+    """A base and the ControlNets in `paths`, with a decoder that one of them brings; on `device`, which is printed."""
+    sd = StableDiffusion.load(base)
+    controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
+    load_decoders(sd.unet, paths)
+    print(f"sampling on {describe(device)}")
+    warn_if_slow(sd.unet, device)
+    place_for_sampling(sd, controlnets, device, precision)
+    return sd, controlnets
 
 
 def parse_arguments():

@@ -4,24 +4,22 @@ from pathlib import Path
 from support.errors import warn
 
 import pytest
+import torch
 from standin import CONFIGS, NANO, make_up_merges, stand_in
 
 from clip_text import Tokenizer
+from formats.diffusers import BETAS, LAYOUTS
+from formats.sizes import config_metadata
 from stable_diffusion import TINY_FILE, StableDiffusion
-from support.diffusers_format import BETAS
 from support.files import save_tensors
-from support.sizes import config_metadata
 from tools.versus_diffusers import base_models
-from weights import DIFFUSERS, official_state_dict
+from weights import official_state_dict
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
-    "betas": (1000,),
-    "alphas_cumprod": (1000,),
-    "sqrt_one_minus_alphas_cumprod": (1000,),
-    "model_ema.decay": (),
+    "betas": (1000,), "alphas_cumprod": (1000,), "model_ema.decay": (),
     "model_ema.diffusion_modelinput_blocks00weight": (8,),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +44,6 @@ def checkpoint(scratch):
     """
 
     def make(size: str) -> Path:
-        import torch
-
         path = scratch / size / "model.safetensors"
         if not path.exists():
             tensors, metadata = stand_in(size, "unet", "vae", "clip"), {}
@@ -58,35 +54,11 @@ def checkpoint(scratch):
                 with torch.device("meta"):
                     metadata = config_metadata(StableDiffusion(tokenizer, text, vae, unet, 0.18215))
             else:
-                assert len(tensors) == 1130
                 tensors |= {name: torch.zeros(shape) for name, shape in FULL_SIZE_EXTRAS.items()}
             save_tensors(tensors, path, metadata)
         return path
 
     return make
-
-
-@pytest.fixture(scope="session")
-def nano(scratch):
-    """The path of a complete Stable Diffusion of 125,000 weights, random but sane, which trains a step in some 50 ms.
-
-    `--base FILE --resolution 64 --train-batch-size 2`, for example; its other defaults and its merges are the
-    miniature's.
-    """
-    import torch
-
-    path = scratch / "nano" / "nano.safetensors"
-    path.parent.mkdir()
-    merges = shutil.copy(TINY_FILE.parent / "merges.txt", path.parent)
-    unet, vae, text = NANO
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sd = StableDiffusion(Tokenizer.from_merges(merges), text, vae, unet, latent_scale=1.0)
-    tensors = {}
-    for network in (sd.unet, sd.vae, sd.text_encoder):
-        tensors |= official_state_dict(network)
-    save_tensors(tensors, path, config_metadata(sd))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -103,23 +75,41 @@ def control_checkpoint(scratch):
 
 
 @pytest.fixture(scope="session")
-def diffusers_base(checkpoint, scratch):
-    """The small stand-in as a folder, loaded into diffusers' and transformers' classes and saved by them."""
+def nano(scratch):
+    """The path of a complete Stable Diffusion of 125,000 weights, random but sane, which trains a step in some 50 ms.
+
+    `--base FILE --resolution 64 --train-batch-size 2`, for example; its other defaults and its merges are the
+    miniature's.
+    """
+    path = scratch / "nano" / "nano.safetensors"
+    path.parent.mkdir()
+    merges = shutil.copy(TINY_FILE.parent / "merges.txt", path.parent)
+    unet, vae, text = NANO
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sd = StableDiffusion(Tokenizer.from_merges(merges), text, vae, unet, latent_scale=1.0).requires_grad_(False)
+        for parameter in sd.parameters():  # norms are not all ones and zeros
+            parameter += 0.05 * torch.randn_like(parameter)
+    networks = sd.unet, sd.vae, sd.text_encoder
+    save_tensors({k: v for n in networks for k, v in official_state_dict(n).items()}, path, config_metadata(sd))
+    return path
+
+
+@pytest.fixture(scope="session")
+def diffusers_base(nano, scratch):
+    """The nano base as a folder, loaded into diffusers' and transformers' classes and saved by them."""
     import diffusers
 
-    sd = StableDiffusion.load(checkpoint("small"))
-    unet, vae, text = CONFIGS["small"]
-    folder = scratch / "diffusers"
-    for name, model, ours in zip(
-        ("unet", "vae", "text_encoder"), base_models(unet, vae, text, sd.latent_scale),
-        (sd.unet, sd.vae, sd.text_encoder), strict=True,
-    ):  # fmt: skip
-        layouts, tensors = DIFFUSERS[type(ours)], model.state_dict()
-        layout = next(layout for layout in layouts if layout.mark in tensors)
+    sd, folder = StableDiffusion.load(nano), scratch / "diffusers"
+    models = base_models(*NANO, sd.latent_scale)
+    networks = sd.unet, sd.vae, sd.text_encoder
+    for name, model, ours in zip(("unet", "vae", "text_encoder"), models, networks, strict=True):
+        tensors = model.state_dict()
+        layout = next(layout for layout in LAYOUTS[type(ours)] if layout.mark in tensors)
         state = {layout.theirs(name): tensor for name, tensor in ours.state_dict().items()}
         model.load_state_dict({key: tensor.reshape(tensors[key].shape) for key, tensor in state.items()})  # all of them
         model.save_pretrained(folder / name)
     (folder / "tokenizer").mkdir()
-    make_up_merges(folder / "tokenizer" / "merges.txt", text.vocab_size)
+    shutil.copy(nano.parent / "merges.txt", folder / "tokenizer")
     diffusers.DDIMScheduler(**BETAS).save_pretrained(folder / "scheduler")
     return folder

@@ -12,10 +12,11 @@ from standin import run_main
 
 from controlnet import ControlNet
 from diffusion import NoiseSchedule
+from formats.diffusers import LAYOUTS
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.devices import PRECISIONS
 from tools import bench, versus_diffusers
-from weights import DIFFUSERS, save_controlnet
+from weights import save_controlnet
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_both_sides_do_the_same_work(in_float64):
     assert len(gradients) == len(their_gradients) == 340
     whole = torch.nn.utils.get_total_norm(their_gradients.values())
     for name, gradient in gradients.items():
-        other = DIFFUSERS[ControlNet][0].theirs(name)
+        other = LAYOUTS[ControlNet][0].theirs(name)
         assert (gradient - their_gradients[other]).abs().max() <= 1e-12 * whole, name
         assert (moved[name] - they_moved[other]).abs().max() <= 1e-4 * whole, name
 

@@ -9,7 +9,6 @@ from standin import ROOT, deviation, golden_inputs
 
 from stable_diffusion import SD15, StableDiffusion
 from support.files import read_tensors, save_tensors
-from weights import official_names
 
 pytestmark = pytest.mark.slow
 
@@ -40,23 +39,17 @@ def half_checkpoint(checkpoint, scratch):
     path.unlink()
 
 
-def peak_memory(path) -> float:
-    """Bytes at the peak of a fresh process that loads `path` and runs every part once."""
-    command = [sys.executable, "-c", FIRST_FORWARD, path, str(PARAMETERS)]
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("half, most", [(False, 1.3), (True, 1.45)])
+def test_memory(half, most, checkpoint, half_checkpoint):
+    """The peak of a fresh process that loads a file and runs every part once, in sizes of the model in float32.
+
+    A float32 file is mapped, not copied. A float16 file is converted part by part: with the UNet, four fifths of all,
+    there are 1.2 of it; all at once, there would be 1.5. Python, libraries and activations are under 0.1.
+    """
+    command = [sys.executable, "-c", FIRST_FORWARD, half_checkpoint if half else checkpoint("sd15"), str(PARAMETERS)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    return int(done.stdout) * 1024
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_memory_of_the_float32_file(checkpoint):
-    """The file is mapped, not copied: little more than the model itself."""
-    assert peak_memory(checkpoint("sd15")) <= 1.3 * 4 * PARAMETERS
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_memory_of_the_float16_file(half_checkpoint):
-    """Converted part by part, never all of both at once."""
-    assert peak_memory(half_checkpoint) <= 1.6 * 4 * PARAMETERS
+    assert int(done.stdout) * 1024 <= most * 4 * PARAMETERS
 
 
 @torch.no_grad()
@@ -64,9 +57,9 @@ def test_float16_file(checkpoint, half_checkpoint):
     """Every parameter is the float32 one rounded; the output moves by what that rounding does."""
     full, half = StableDiffusion.load(checkpoint("sd15")), StableDiffusion.load(half_checkpoint)
     assert half.unet.config == SD15.unet
-    for a, b in ((full.unet, half.unet), (full.vae, half.vae), (full.text_encoder, half.text_encoder)):
-        assert len(official_names(a)) == len(list(b.parameters()))
-        assert all(torch.equal(p.half().float(), q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    ours, theirs = list(full.parameters()), list(half.parameters())
+    assert len(ours) == 1130
+    assert all(torch.equal(p.half().float(), q) for p, q in zip(ours, theirs, strict=True))
     arrays = golden_inputs("sd15")
     text = half.text_encoder(arrays["tokens"])
     # Rounding moves each weight by up to 2^-11 = 5e-4 of itself, at random, through some hundred layers.

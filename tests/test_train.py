@@ -25,10 +25,9 @@ from diffusion import NoiseSchedule
 from stable_diffusion import SD15, StableDiffusion
 from support.devices import fast_precision, warn_if_slow
 from support.files import read_tensors
-from support.loading import load_decoders
 from support.randomness import generator_for, index_batches
 from unet import UNet
-from weights import load_controlnet, official_state_dict
+from weights import load_controlnet, load_decoders, official_state_dict
 
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "4"]
 QUICK += ["--cooldown", "0"]  # with a fall at the end, more steps are another training
@@ -351,7 +350,7 @@ def test_unlocked_decoder_travels_with_the_controlnet(precision, tmp_path, monke
     decoder = {name for name in before if ".output_blocks." in name or ".diffusion_model.out." in name}
     assert whole.keys() - decoder == {name for name in whole if name.startswith("control_model.")}
     assert all(not torch.equal(before[name], whole[name]) for name in decoder)
-    load_decoders(sd, [tmp_path / "whole" / "controlnet.safetensors"])
+    load_decoders(sd.unet, [tmp_path / "whole" / "controlnet.safetensors"])
     after = official_state_dict(sd.unet)
     assert all(torch.equal(after[name], whole[name] if name in decoder else before[name]) for name in before)
     assert torch.equal(  # and the base's file is as it was
@@ -359,7 +358,7 @@ def test_unlocked_decoder_travels_with_the_controlnet(precision, tmp_path, monke
         before["model.diffusion_model.out.2.weight"],
     )
     with pytest.raises(UserError, match="both bring a decoder"):
-        load_decoders(sd, [tmp_path / name / "controlnet.safetensors" for name in ("whole", "parts")])
+        load_decoders(sd.unet, [tmp_path / name / "controlnet.safetensors" for name in ("whole", "parts")])
 
 
 def test_tensorboard(tmp_path, monkeypatch):

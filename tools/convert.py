@@ -7,12 +7,13 @@ from support.errors import UserError, run_command_line
 
 import torch
 
+from formats.networks import read_controlnet, refuse_own
+from formats.sizes import unet_config
+from names import TABLES
 from support.files import read_tensors
 from support.options import ArgumentParser
-from support.reading import read_controlnet, refuse_own
-from support.sizes import sizes_of, unet_config
 from unet import UNet
-from weights import CONTROLNETS, OFFICIAL, load_controlnet, save_controlnet
+from weights import load_controlnet, save_controlnet
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,25 +30,18 @@ def main() -> None:
     if args.layout == "diffusers" and args.output.is_file():
         raise UserError(f"{args.output} is a file, but --layout diffusers writes a folder: choose another OUT")
 
-    part, hidden, metadata = read_controlnet(args.source, CONTROLNETS)
+    part = read_controlnet(args.source)
     refuse_own(part)
-    with sizes_of(args.source):
-        unet = UNet(unet_config(part, **hidden))
-    controlnet = load_controlnet(args.source, unet)
-    decoder = {}
-    if "unlock_decoder" in metadata:
-        prefix = OFFICIAL[UNet].prefix
-        tensors, _ = read_tensors(args.source)
-        decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    kept = {key: value for key, value in metadata.items() if key != "format"}
-    save_controlnet(controlnet, args.output, args.layout, kept, decoder, DTYPES[args.dtype])
+    with torch.device("meta"):
+        unet = UNet(unet_config(part))
+    tensors = read_tensors(args.source)[0] if "unlock_decoder" in part.metadata else {}
+    decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(TABLES[UNet][0])}
+    kept = {key: value for key, value in part.metadata.items() if key != "format"}
+    save_controlnet(load_controlnet(part, unet), args.output, args.layout, kept, decoder, DTYPES[args.dtype])
     print(f"{args.source}: ControlNet in the {part.layout.name} layout, {len(part.tensors)} tensors")
     if decoder and args.layout == "diffusers":
-        print(
-            "warning: the decoder that was trained with it stays behind, because diffusers' layout has no place for "
-            "it: pictures will differ",
-            file=sys.stderr,
-        )
+        print("warning: the decoder that was trained with it stays behind, because diffusers' layout has no place for "
+              "it: pictures will differ", file=sys.stderr)  # fmt: skip
     print(f"wrote {args.output}, {args.layout} layout, {args.dtype}")
 
 

@@ -24,13 +24,13 @@ from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
+from formats.sizes import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_optimizer_tensors, optimizer_tensors
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from support.pictures import save_picture, to_picture
-from support.sizes import config_metadata
 from tools.shapes import judge, outline_error
 from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, sample_latent

@@ -19,18 +19,17 @@ from torch import Tensor
 
 from clip_text import MAX_LENGTH, Tokenizer
 from data import draw_fill50k
-from sample import generate
+from formats.diffusers import BASE_FILES, controlnet_settings, weights_in
+from formats.networks import read_controlnet, refuse_own
+from formats.sizes import hint_channels
+from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options
-from support.diffusers_format import BASE_FILES, controlnet_settings, weights_in
 from support.files import save_json
 from support.hub import locate
-from support.loading import locate_controlnet
 from support.pictures import fit_image
-from support.reading import read_controlnet, refuse_own
-from support.sizes import hint_channels
 from tools.versus_diffusers import DDIM, STEPS, write_config
-from weights import CONTROLNETS, load_controlnet
+from weights import load_controlnet
 
 TIMES = (1, 101, 301, 501, 701, 901, 981)
 GUIDANCE_SCALE = 7.5
@@ -162,7 +161,7 @@ def main() -> None:
         raise UserError(f"{missing} is not installed: pip install -r requirements-dev.txt")
     base = locate(SOURCES.get(args.base, args.base), BASE_FILES, "pass a local checkpoint with --base FILE")
     if control := args.controlnet and locate_controlnet(args.controlnet):
-        part, *_ = read_controlnet(control, CONTROLNETS)
+        part = read_controlnet(control)
         refuse_own(part)
         if control.is_dir() and not (control / "config.json").is_file():
             raise UserError(f"{control / 'config.json'}: no such file, and diffusers needs it: pass a single file")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from clip_text import CLIPTextConfig, Tokenizer
+from formats.diffusers import BETAS, unet_settings
 from support.devices import PRECISIONS
-from support.diffusers_format import BETAS, unet_settings
 from support.files import save_json
 from unet import UNetConfig
 from vae import VAEConfig
