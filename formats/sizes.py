@@ -112,5 +112,6 @@ def hint_channels(part: Part) -> tuple[int, ...]:
     """The widths of a ControlNet's hint encoder, of which each but the last has two convolutions."""
     in_channels = part.shape("hint_encoder.0.weight")[1]
     if in_channels != 3:
-        raise part.error("hint_encoder.0.weight", f"takes {in_channels} hint channels, only 3 are read")
+        told = f"takes {in_channels} hint channels, only 3 are read"
+        raise part.error("hint_encoder.0.weight", told, "; pass a ControlNet for RGB hints")
     return tuple(part.shape(f"hint_encoder.{i}.weight")[0] for i in (0, 4, 8, 12))
