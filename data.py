@@ -10,9 +10,8 @@ from torch import Tensor
 
 from support.colours import COLOURS
 from support.errors import run_command_line
-from support.files import fingerprint
 from support.hub import fetch_folder
-from support.listing import open_pair, read_listing
+from support.listing import content_of_pair, open_pair, read_listing
 from support.pictures import fit_image, open_image
 
 DRAWN_PAIRS = {"drawn": 1000, "drawn-palette": 8000}  # --data: the hint is a ring, or the two colours
@@ -81,8 +80,12 @@ class Pairs:
     """Pairs of hint and target by index, squares of `resolution` pixels, with their `prompts`.
 
     A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;
-    and `content(index)`, a text that changes when they do and is the same on another machine.
+    `files(index)`, those that it is read from; and `content(index)`, a text that changes when the pair does and is the
+    same on another machine.
     """
+
+    def files(self, index: int) -> list[Path]:
+        return []
 
     def hint(self, index: int) -> Tensor:
         """[3, H, W] in [0, 1], 0 = background. Raises UserError when the picture can't be read, as image does."""
@@ -127,8 +130,12 @@ class PairedImages(Pairs):
     def name(self, index: int) -> str:
         return self.places[index]
 
+    def files(self, index: int) -> list[Path]:
+        return [self.hints[index], self.targets[index]]
+
     def content(self, index: int) -> str:
-        return f"{fingerprint(self.hints[index])} {fingerprint(self.targets[index])}"
+        """Raises UserError when the pair is seen to be broken, without decoding it whole."""
+        return content_of_pair(self.places[index], self.hints[index], self.targets[index])
 
 
 class DrawnImages(Pairs):

@@ -107,8 +107,8 @@ def parse_arguments():
     add("--steps", type=ddim_steps, dest="sampling_steps", help="DDIM steps (default: 20)")
     add("--guidance-scale", type=finite, help="β of classifier-free guidance (default: tiny 4, sd15 9)")
     add("--control-mode", choices=CONTROL_MODES, default="uniform", help="weights, and which side sees it (Sec. 3.4)")
-    add("--control-start", type=options.share, default=0.0, help="share of the steps before it starts (default: 0)")
-    add("--control-end", type=options.share, default=1.0, help="share of the steps after which it ends (default: 1)")
+    add("--control-start", type=options.fraction, default=0.0, help="share of the steps before it starts (default: 0)")
+    add("--control-end", type=options.fraction, default=1.0, help="share of the steps after which it ends (default: 1)")
     options.add_placing(parser)  # --precision, --resolution, --device
     add("--seed", type=options.seed, default=0, help="sample i starts from seed + i")
     add("--output", type=options.png, default=Path("out.png"), decides=False, help="a row; samples alone: out-0.png, …")

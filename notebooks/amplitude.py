@@ -76,11 +76,12 @@ def measured_training(gain: float, seed: int, steps: int) -> list[dict]:
                 "--cooldown", "0"]  # fmt: skip
     args = parse_arguments()
     with Run(args) as run:
-        args, denoiser, optimizer, *others, held_out = prepare(args, run)
-        scale(denoiser.controlnet, gain)
-        entries = [{"step": 0} | sizes(denoiser.controlnet, held_out.own)]
-        optimizer.register_step_post_hook(lambda *_: entries.append(sizes(denoiser.controlnet, held_out.own)))
-        train(args, run, denoiser, optimizer, *others, held_out)
+        training = prepare(args, run)
+        controlnet, hints = training.denoiser.controlnet, training.held_out.own
+        scale(controlnet, gain)
+        entries = [{"step": 0} | sizes(controlnet, hints)]
+        training.optimizer.register_step_post_hook(lambda *_: entries.append(sizes(controlnet, hints)))
+        train(training, run)
     logged = [{}] + [{name: entry[name] for name in FIELDS if name in entry} for entry in run.history]
     return [{k: v if k == "step" else float(f"{v:.4g}") for k, v in (a | b).items()} for a, b in zip(entries, logged)]
 

@@ -80,6 +80,11 @@ def place_for_sampling(sd, controlnets: list[nn.Module], device: torch.device, p
     sd.to(device)
 
 
+def usable_cpus() -> int:
+    """How many processors this process may use: in a container, or under taskset, not all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
     """Let the process keep what it frees, where the C library is glibc (elsewhere nothing is done).
 

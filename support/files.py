@@ -64,7 +64,6 @@ def refuse_placeholder(path: Path) -> None:
         raise UserError(f"{path} is a web page that was saved under that name: download the file itself")
 
 
-ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at
 PARTIAL = ".partial-"  # begins the name of what is not written to its end
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can only be read by setting it
@@ -150,21 +149,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(path: Path) -> str:
-    """Size and content of a file, the same wherever it lies.
-
-    Of a large compressed picture only both ends, against reading gigabytes at every start: a PNG's end has a checksum
-    of the rest, and pictures that were saved again differ in size.
-    """
-    size = path.stat().st_size
-    if size <= 2 * ENDS or path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        return f"{size} {sha256(path)}"
-    with open(path, "rb") as file:
-        ends = file.read(ENDS)
-        file.seek(-ENDS, os.SEEK_END)
-        return f"{size} {hashlib.sha256(ends + file.read()).hexdigest()}"
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from support.errors import UserError, reading, writing
@@ -72,7 +73,10 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
     if (folder / contains).is_file():
         return folder
     archive = fetch(repo, file, advice)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))  # of several processes one unpacks it
+    with lock, tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+        if (folder / contains).is_file():
+            return folder
         unpack(archive, Path(temporary))
         found = next(Path(temporary).rglob(contains), None)
         if found is None:

@@ -84,7 +84,7 @@ seed = number(int, lambda value: 0 <= value < 2**32 - 1, "a whole number, 0 or m
 port = number(int, lambda value: 0 < value < 2**16, "a whole number from 1 to 65535")
 positive_float = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 finite_float = number(float, math.isfinite, "a finite number")
-share = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+fraction = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 # The VAE divides the side by 8, and the UNet does so again.
 side = number(int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64")
 

@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from standin import CONFIGS, NANO, make_up_merges, stand_in
+from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
 
 from clip_text import Tokenizer
 from stable_diffusion import TINY_FILE, StableDiffusion
@@ -79,6 +79,23 @@ def nano(scratch):
         tensors |= official_state_dict(network)
     save_tensors(tensors, path, config_metadata(sd))
     return path
+
+
+@pytest.fixture(scope="session")
+def quick(nano):
+    """Options for a short training on `nano`."""
+    return ["--base", nano, *QUICK]
+
+
+@pytest.fixture(scope="session")
+def four_steps(quick, scratch):
+    """The folder of a finished run, with checkpoints at steps 2 and 4. Not to be changed."""
+    import train
+
+    with pytest.MonkeyPatch.context() as context:
+        options = ["--checkpointing-steps", "2", "--max-train-steps", "4", "--output-dir", scratch / "four-steps"]
+        run_main(context, train, *quick, *options)
+    return scratch / "four-steps"
 
 
 @pytest.fixture(scope="session")

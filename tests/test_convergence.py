@@ -10,12 +10,11 @@ from PIL import Image
 from standin import ROOT
 
 from controlnet import ControlNet, Denoiser
-from convergence import LEAD, HeldOut, forecast, growth_step, hint_response, jump_step, plot_convergence
+from convergence import LEAD, HeldOut, forecast, growth_step, hint_response, jump_step, milestones, plot_convergence
 from data import DrawnImages
 from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from support.log import read_log
-from support.news import news
 from tools import plot
 
 
@@ -83,12 +82,12 @@ def test_forecast_waits_for_a_tenth_of_the_level():
 
 def test_what_is_said_when():
     entries = measured(1e-4, 1e-4, 1e-4, 5e-3, 1e-2, 2e-2, 5e-2)
-    assert news(entries[:4]) == news(entries[:5]) == []
-    assert news(entries[:6]) == [
+    assert milestones(entries[:4]) == milestones(entries[:5]) == []
+    assert milestones(entries[:6]) == [
         "step 50: the hint sensitivity is growing: 2.0e-02",
         "step 50: samples begin to follow their hints at about step 80, give or take a third",
     ]
-    assert news(entries) == news([]) == []
+    assert milestones(entries) == milestones([]) == []
 
 
 def test_forecast_error():
