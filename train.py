@@ -9,8 +9,6 @@ import math
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,7 @@ from diffusion import NoiseSchedule
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.batches import EncodedPairs
-from support.devices import PRECISIONS, place, usable_cpus, warn_if_slow
+from support.devices import PRECISIONS, place, warn_if_slow
 from support.errors import UserError, run_command_line
 from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
@@ -40,63 +38,26 @@ def parse_arguments() -> Namespace:
     add, positive_int, count_or_zero = parser.add_argument, options.positive_int, options.count_or_zero
     add("--base", default="tiny", help=options.BASE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
-    add("--output-dir", type=Path, default=Path("runs/controlnet"), decides=False, help="default: runs/controlnet")
     add("--max-train-steps", type=positive_int, help=f"optimizer steps {both('max_train_steps')}")
     add("--train-batch-size", type=positive_int, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=positive_int, default=1, help="batches for each step (default: 1)")
     add("--learning-rate", type=options.positive_float, help=both("learning_rate"))
-    add(
-        "--cooldown",
-        type=options.fraction,
-        help=f"share of the steps at the end, with a falling rate {both('cooldown')}",
-    )
+    add("--cooldown", type=options.fraction, help=f"of the steps, the last: the rate falls {both('cooldown')}")
     add("--proportion-empty-prompts", type=options.fraction, default=0.5, help="prompts replaced by '' (default: 0.5)")
     add("--resolution", type=options.side, help=f"pixels a side, a multiple of 64 {both('resolution')}")
     add("--seed", type=options.seed, default=0)
     add("--mixed-precision", choices=("no", "auto", "bf16", "fp16"), help=f"auto: by device {both('mixed_precision')}")
     add("--gradient-checkpointing", action="store_true", decides=False, help="less memory, a third more arithmetic")
-    add("--compile", action="store_true", decides=False, help="torch.compile: takes minutes to start")
-    add(
-        "--checkpointing-steps",
-        type=positive_int,
-        default=500,
-        decides=False,
-        help="default: 500, and always at the end",
-    )
-    add(
-        "--checkpoints-total-limit",
-        type=positive_int,
-        default=2,
-        decides=False,
-        help="newest that are kept (default: 2)",
-    )
-    add("--resume-from-checkpoint", decides=False, help="a checkpoint folder, or latest")
     add("--validation-steps", type=count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
     add("--snapshot-steps", type=count_or_zero, decides=False, help=f"for draw.py; 0: none {both('snapshot_steps')}")
-    add(
-        "--validation-hints",
-        type=positive_int,
-        default=8,
-        help="held-out hints that are sampled and scored (default: 8)",
-    )
-    add(
-        "--num-workers",
-        type=count_or_zero,
-        default=0 if usable_cpus() <= 4 else 4,
-        decides=False,
-        help="that load pictures",
-    )
+    add("--validation-hints", type=positive_int, default=8, help="held-out hints, sampled and scored (default: 8)")
     add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
     add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
-    add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", decides=False, help="beside log.jsonl")
-    options.add_device(parser)
-    args = parser.parse_args()
-    if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise UserError("--report-to tensorboard: not installed; pip install tensorboard, or leave it out")
-    return args
+    Run.add_options(parser)  # --output-dir, --resume-from-checkpoint, --device, …: where, how often, how fast
+    return parser.parse_args()
 
 
 @dataclass
@@ -117,8 +78,9 @@ def main() -> None:
     with Run(args) as run:
         training = prepare(args, run)
         train(training, run)
-        if run.writes:
-            finish(training, run)
+        if run.unsaved:
+            save(training, run)
+        run.say_what_next()
 
 
 def prepare(args: Namespace, run: Run) -> Training:
@@ -228,21 +190,10 @@ def export(training: Training, run: Run, snapshot: bool = False) -> None:
         metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
         names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
         decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    path = run.folder / (f"snapshots/step-{run.step}.safetensors" if snapshot else "controlnet.safetensors")
-    dtype = torch.float16 if snapshot else None
-    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder, dtype=dtype)
-
-
-def finish(training: Training, run: Run) -> None:
-    """Save what is not saved yet, and say what to do next."""
-    args, result = training.args, run.folder / "controlnet.safetensors"
-    if run.unsaved:
-        save(training, run)
-    if run.step < args.max_train_steps:
-        run.say(f"stopped at step {run.step}: the same command and --resume-from-checkpoint latest goes on")
-    else:
-        command = f"python sample.py --base {args.base} --controlnet {result} --resolution {args.resolution}"
-        run.say(f"wrote {result}; now: {command} --control-mode conditional --hint HINT.png --prompt PROMPT")
+    file, dtype = "controlnet.safetensors", None
+    if snapshot:
+        file, dtype = f"snapshots/step-{run.step}.safetensors", torch.float16
+    save_controlnet(denoiser.controlnet, run.folder / file, metadata=metadata, others=decoder, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -16,28 +16,11 @@ STATE, CONFIG = "state.safetensors", "config.json"
 TOLD_BY_CONTENT = ("base", "data")  # options that may change, as what they name may move
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, for a safetensors file."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of optimizer_tensors, for Adam. Raises KeyError or RuntimeError when it is not for these weights."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        moments = (tensors[f"optimizer.{i}.{key}"].view(p.shape) for key in ("exp_avg", "exp_avg_sq"))
-        # In the parameter's memory format, as the fused step needs.
-        exp_avg, exp_avg_sq = (torch.empty_like(p).copy_(moment) for moment in moments)
-        state[i] = {"step": tensors[f"optimizer.{i}.step"].view(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def state_tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: the trained weights and the optimizer's state."""
-    parts = {part: module.state_dict() for part, module in trained.items()}
-    weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-    return weights | optimizer_tensors(optimizer)
+    """All tensors of a checkpoint by name, not copied: the trained weights and the optimizer's state."""
+    states = {f"trained.{part}": module.state_dict() for part, module in trained.items()}
+    states |= {f"optimizer.{i}": state for i, state in optimizer.state_dict()["state"].items()}
+    return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
 def save_checkpoint(
@@ -64,15 +47,19 @@ def load_checkpoint(
     path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Load the state of a checkpoint of the same training."""
-    tensors, metadata = read_tensors(path / STATE)
-    with reading(path / STATE, "checkpoint of this training", "resume from another one"):
-        for part, module in trained.items():
-            prefix = f"trained.{part}."
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        load_optimizer_tensors(optimizer, tensors)
+    saved, metadata = read_tensors(path / STATE)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):  # as AdamW begins
+        step = torch.zeros((), device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    tensors = state_tensors(trained, optimizer)
+    with reading(path / STATE, "checkpoint of this training", "resume from another one"), torch.no_grad():
+        if other := saved.keys() ^ tensors.keys():
+            raise ValueError(f"{min(other)} is not in both")
+        for name, tensor in tensors.items():
+            if tensor.shape != saved[name].shape:
+                raise ValueError(f"{name} is {list(saved[name].shape)}, not {list(tensor.shape)}")
+            tensor.copy_(saved[name])  # in place: its memory format, which the fused step needs, is kept
         scaler.load_state_dict(json.loads(metadata["scaler"]))
-        if unknown := tensors.keys() - state_tensors(trained, optimizer):
-            raise ValueError(f"{min(unknown)} is not of this training")
 
 
 def remove(checkpoint: Path) -> None:

@@ -5,6 +5,8 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from support import options
 from support.checkpoints import (
     CONFIG,
     TOLD_BY_CONTENT,
@@ -22,7 +25,7 @@ from support.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from support.devices import choose_device, describe, fast_precision
+from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
 from support.files import PARTIAL, clear, save_json
 from support.log import Log, write_log
@@ -63,12 +66,14 @@ class Run:
     """
 
     def __init__(self, args: Namespace):
+        if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError("--report-to tensorboard: not installed; pip install tensorboard, or leave it out")
         self.folder, self.resuming = args.output_dir, args.resume_from_checkpoint
         self.device = choose_device(args.device)
         self.rank, self.processes = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
         self.writes = self.rank == 0
         self.checkpoint, self.step, self.history = None, 0, []
-        self.unsaved = False  # whether the weights are those after a whole step, and not yet in a checkpoint
+        self.unsaved = False  # whether the weights are those after a whole step and still to be saved
         self.signals, self.shown, self.exits = [], {}, contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -92,13 +97,26 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Whatever ended the run, keep its last whole step."""
         with self.exits:
-            if isinstance(error, Exception) and self.writes and self.unsaved:
+            if isinstance(error, Exception) and self.unsaved:
                 with contextlib.suppress(Exception):  # the error that ended the run is the one to tell
                     self.save()
                     write_log(self.folder / "log.jsonl", self.history)
                     self.say(f"saved step {self.step}: go on with --resume-from-checkpoint latest")
             if error is None and self.processes > 1:  # after an error, the others would be waited for
                 distributed.destroy_process_group()
+
+    @staticmethod
+    def add_options(parser: options.ArgumentParser) -> None:
+        """None of these decides the result."""
+        add, workers = partial(parser.add_argument, decides=False), 0 if usable_cpus() <= 4 else 4
+        add("--output-dir", type=Path, default=Path("runs/controlnet"), help="default: runs/controlnet")
+        add("--resume-from-checkpoint", help="a checkpoint folder, or latest")
+        add("--checkpointing-steps", type=options.positive_int, default=500, help="default: 500, and at the end")
+        add("--checkpoints-total-limit", type=options.positive_int, default=2, help="newest kept (default: 2)")
+        add("--report-to", choices=("jsonl", "tensorboard"), default="jsonl", help="beside log.jsonl")
+        add("--num-workers", type=options.count_or_zero, default=workers, help="processes that load pictures")
+        add("--compile", action="store_true", help="torch.compile: takes minutes to start")
+        options.add_device(parser)
 
     def say(self, *lines: str) -> None:
         for line in lines if self.writes else ():
@@ -179,7 +197,7 @@ class Run:
         self.unsaved = False  # until it is done the weights are between two steps
 
     def step_is_done(self, *_) -> None:
-        self.step, self.unsaved = self.step + 1, True
+        self.step, self.unsaved = self.step + 1, self.writes
 
     def local_rows(self, size: int) -> slice:
         """Which rows of the batch of all processes are this one's, `size` of them.
@@ -211,3 +229,11 @@ class Run:
         self.unsaved = False  # if this fails it would fail again
         limit = self.args.checkpoints_total_limit
         save_checkpoint(self.folder / "checkpoints", self.step, *self.state, self.config, limit)
+
+    def say_what_next(self) -> None:
+        result, args = self.folder / "controlnet.safetensors", self.args
+        if self.step < args.max_train_steps:
+            self.say(f"stopped at step {self.step}: the same command and --resume-from-checkpoint latest go on from it")
+        else:
+            place = f"--base {args.base} --controlnet {result} --resolution {args.resolution}"
+            self.say(f"now: python sample.py {place} --control-mode conditional --hint HINT.png --prompt PROMPT")

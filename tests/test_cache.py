@@ -147,7 +147,7 @@ def save_cut(image, path, **options):
 
 
 def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
-    """Cut off, or with one bit flipped: in a PNG anywhere, in others as far as decoding tells; nothing else is decoded."""
+    """Pictures that are cut off, and a PNG with one bit flipped; PNGs and JPEGs that look whole are not decoded."""
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     image, thumbnail = Image.fromarray(pixels), Image.Exif()
     thumbnail[0x010E] = "\xff\xd8\xff\xda\xff\xd9"  # a text with the marks of a whole JPEG, as a thumbnail has them

@@ -20,7 +20,7 @@ from standin import ROOT, SAMPLE, HostilePickle, read_run, run_main, same_tensor
 import support.files
 import train
 from stable_diffusion import StableDiffusion
-from support.checkpoints import load_optimizer_tensors, optimizer_tensors
+from support.checkpoints import load_checkpoint, save_checkpoint
 from support.errors import UserError
 from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
@@ -80,7 +80,7 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
         (["--only-mid-control", *LATEST], "was made with --only-mid-control False: "),
         ([], "holds a run already"),
         (["--max-train-steps", "3", *LATEST], "beyond --max-train-steps 3"),
-        ([LATEST[0], four_steps / "checkpoints" / "step-2"], "step-2 is no checkpoint of this --output-dir: pass latest"),
+        ([LATEST[0], four_steps / "checkpoints" / "step-2"], "step-2 is no checkpoint of this --output-dir"),
         ([LATEST[0], "nowhere"], "nowhere is no checkpoint of this --output-dir: pass latest, or a folder of "),
     ):
         with pytest.raises(UserError, match=message):
@@ -340,24 +340,24 @@ def test_files_are_written_under_new_names(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {} and not (tmp_path / "a.json").is_symlink()
 
 
-def test_optimizer_state_keeps_its_memory_format():
+def test_optimizer_state_keeps_its_memory_format(tmp_path):
+    """A file gives tensors back contiguous; the fused step needs them as the weights are."""
+
     def make():
         torch.manual_seed(0)
         conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        return conv, torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+        optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+        return conv, optimizer, {"conv": conv}, torch.amp.GradScaler("cpu", enabled=False)
 
     def step(conv, optimizer):
         conv(torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    conv, optimizer = make()
+    (conv, optimizer, trained, scaler), (other, other_optimizer, *into) = make(), make()
     step(conv, optimizer)
-    contiguous = torch.contiguous_format  # as a file gives them back
-    saved = {name: value.clone(memory_format=contiguous) for name, value in optimizer_tensors(optimizer).items()}
-    other, other_optimizer = make()
-    other.load_state_dict(conv.state_dict())
-    load_optimizer_tensors(other_optimizer, saved)
+    save_checkpoint(tmp_path, 1, trained, optimizer, scaler, {}, limit=1)
+    load_checkpoint(tmp_path / "step-1", into[0], other_optimizer, into[1])
     step(conv, optimizer)
     step(other, other_optimizer)
     assert torch.equal(conv.weight, other.weight)
