@@ -66,8 +66,7 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
         "log.jsonl",
     }  # fmt: skip
     assert json.loads((parts / "config.json").read_text())["learning_rate"] == 2e-3
-    tensors, metadata = read_tensors(parts / "controlnet.safetensors")
-    assert len(tensors) == 340
+    _, metadata = read_tensors(parts / "controlnet.safetensors")
     assert (metadata["base"], metadata["steps"], metadata.get("license")) == (str(nano), "4", None)
     assert json.loads(metadata["config"])["train_batch_size"] == 3
     controlnet = load_controlnet(parts / "controlnet.safetensors", StableDiffusion.load(nano).unet)
@@ -274,26 +273,27 @@ def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_
 
 
 @pytest.mark.parametrize(
-    "where, call, saved",
+    "module, name, call, saved",
     [
-        ("support.batches.EncodedPairs.__getitem__", 7, 2),  # the third batch's first pair
-        ("support.batches.EncodedPairs.keep", 4, 1),  # while a target of the second batch is encoded
-        ("torch.optim.AdamW.step", 3, None),  # between two steps there is nothing whole to save
-        ("support.log.Log.write", 3, 3),
-        ("convergence.HeldOut.response", 1, 3),  # with no line in the log yet
-        ("train.export", 2, 4),
+        ("support.batches", "EncodedPairs.__getitem__", 7, 2),  # the third batch's first pair
+        ("support.batches", "EncodedPairs.keep", 4, 1),  # while a target of the second batch is encoded
+        ("torch.optim.adam", "adam", 3, None),  # between two steps there is nothing whole to save
+        ("support.log", "Log.write", 3, 3),  # it has no line yet
+        ("train", "export", 2, 4),
     ],
 )
-def test_an_error_loses_no_step(where, call, saved, four_steps, trained, tmp_path, monkeypatch, capsys):
+def test_an_error_loses_no_step(module, name, call, saved, four_steps, trained, tmp_path, monkeypatch, capsys):
     """Whatever ends a run in its middle, what is done is saved, and goes on as if nothing had been."""
-    real, calls = attrgetter(where.partition(".")[2])(import_module(where.partition(".")[0])), count(1)
+    *classes, name = name.split(".")
+    place = attrgetter(*classes)(import_module(module)) if classes else import_module(module)
+    real, calls = getattr(place, name), count(1)
 
     def fails_once(*arguments, **settings):
         if next(calls) == call:
             raise OSError(28, "No space left on device")
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(where, fails_once)
+    monkeypatch.setattr(place, name, fails_once)
     options = ["--checkpointing-steps", "2", "--num-workers", "0", "--max-train-steps", "4"]  # to count the calls
     with pytest.raises((OSError, UserError), match="No space left on device"):
         trained(*options)
