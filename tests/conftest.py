@@ -88,14 +88,28 @@ def quick(nano):
 
 
 @pytest.fixture(scope="session")
-def four_steps(quick, scratch):
-    """The folder of a finished run, with checkpoints at steps 2 and 4. Not to be changed."""
+def trained_in(quick):
+    """trained_in(folder, *options): a short training, in this process."""
     import train
 
-    with pytest.MonkeyPatch.context() as context:
-        options = ["--checkpointing-steps", "2", "--max-train-steps", "4", "--output-dir", scratch / "four-steps"]
-        run_main(context, train, *quick, *options)
-    return scratch / "four-steps"
+    def run(folder: Path, *options) -> Path:
+        with pytest.MonkeyPatch.context() as context:
+            run_main(context, train, *quick, "--output-dir", folder, *options)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def four_steps(trained_in, scratch):
+    """The folder of a finished run, with checkpoints at steps 2 and 4. Not to be changed."""
+    return trained_in(scratch / "four-steps", "--checkpointing-steps", "2", "--max-train-steps", "4")
+
+
+@pytest.fixture
+def trained(trained_in, tmp_path):
+    """trained(*options) -> the folder of a run with them, tmp_path / "run" if no other is given."""
+    return lambda *options, folder=tmp_path / "run": trained_in(folder, *options)
 
 
 @pytest.fixture(scope="session")

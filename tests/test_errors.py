@@ -126,7 +126,7 @@ MISTAKES = [
     ("train", "--device toaster", ["--device toaster", "cpu"]),
     ("train", "--device cuda:77", ["--device cuda:77", "cpu"]),
     ("train", "--resume-from-checkpoint latest", ["has no checkpoint", "leave --resume-from-checkpoint out"]),
-    ("train", "--resume-from-checkpoint {}/nothing", ["nothing is no checkpoint", "state.safetensors"]),
+    ("train", "--resume-from-checkpoint {}/nothing", ["nothing is no checkpoint", "pass latest"]),
     ("train", "--output-dir {}/run", ["run holds a run already", "--resume-from-checkpoint latest"]),
     ("train", "--data {}/empty", ["has no entries", "add"]),
     ("train", "--output-dir {}/a_file/out --resolution 64", ["a_file/out", "choose another --output-dir"]),

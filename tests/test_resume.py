@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from standin import ROOT, SAMPLE, HostilePickle, read_run, run_main, same_tensors
+from standin import ROOT, SAMPLE, HostilePickle, read_run, same_tensors
 
 import support.files
 import train
@@ -26,17 +26,6 @@ from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
 
 LATEST = ("--resume-from-checkpoint", "latest")
-
-
-@pytest.fixture
-def trained(quick, tmp_path, monkeypatch):
-    """trained(*options) -> the folder of a run with them."""
-
-    def run(*options, folder=tmp_path / "run"):
-        run_main(monkeypatch, train, *quick, "--output-dir", folder, *options)
-        return folder
-
-    return run
 
 
 @pytest.fixture
@@ -212,18 +201,13 @@ def test_checkpoint_of_another_training(change, four, trained):
     assert checkpoints(four) == {"step-2", "step-4"} and len(read_run(four)) == 4
 
 
-def test_what_a_kill_leaves_goes(four, trained):
-    """Half-written files and half-removed checkpoints; a lost record of the inputs is written again."""
-    (four / "inputs.json").unlink()
-    (four / "checkpoints" / ".partial-x").mkdir()
-    trained("--max-train-steps", "5", *LATEST)
-    assert checkpoints(four) == {"step-4", "step-5"} and (four / "inputs.json").exists()
-
-
-def test_another_number_of_threads_is_told(four, trained, capsys):
+def test_what_a_kill_leaves_goes(four, trained, capsys):
+    """Half-written files and half-removed checkpoints. Another number of threads is told."""
     record = four / "inputs.json"
     record.write_text(record.read_text().replace(" threads)", "0 threads)"))
+    (four / "checkpoints" / ".partial-x").mkdir()
     trained("--max-train-steps", "5", *LATEST)
+    assert checkpoints(four) == {"step-4", "step-5"}
     assert "0 threads); on cpu" in capsys.readouterr().out
 
 
@@ -304,23 +288,6 @@ def test_an_error_loses_no_step(module, name, call, saved, four_steps, trained, 
     assert read_run(folder) == read_run(four_steps)
     states = (run / "checkpoints" / "step-4" / "state.safetensors" for run in (folder, four_steps))
     assert same_tensors(*states)
-
-
-def test_a_log_on_a_full_disk(four_steps, trained, tmp_path, monkeypatch):
-    """The line that could not be written, or not to its end, is written again with the checkpoint."""
-    write, folder = train.Run.log, tmp_path / "run"
-
-    def on_a_full_disk(run):
-        if run.step == 3:
-            with open(folder / "log.jsonl", "a") as log:
-                log.write('{"step": 3, "lo')
-            run.log_book.path = "/dev/full"
-        write(run)
-
-    monkeypatch.setattr(train.Run, "log", on_a_full_disk)
-    with pytest.raises(UserError, match="can't write .*No space left on device"):
-        trained("--max-train-steps", "4")
-    assert read_run(folder) == read_run(four_steps)[:3] and checkpoints(folder) == {"step-3"}
 
 
 def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):

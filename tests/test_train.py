@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from standin import SAMPLE, read_run, run_main
+from standin import SAMPLE, read_run
 
 import convergence
 import data
@@ -27,17 +27,6 @@ from support.loading import load_decoders
 from support.randomness import generator_for, index_batches
 from unet import UNet
 from weights import load_controlnet, official_state_dict
-
-
-@pytest.fixture
-def trained(quick, tmp_path, monkeypatch):
-    """trained(*options) -> the folder of a run with them."""
-
-    def run(*options, folder=tmp_path / "run"):
-        run_main(monkeypatch, train, *quick, "--output-dir", folder, *options)
-        return folder
-
-    return run
 
 
 @pytest.fixture
@@ -88,7 +77,7 @@ def test_what_is_measured(trained, monkeypatch, capsys):
     assert f"IoU of samples and hints {log[10]['iou']:.2f}" in output and "now: python sample.py" in output
 
 
-def test_the_response_is_zero_before_the_first_step(nano, tmp_path):
+def test_the_response_is_zero_before_the_first_step(nano, tmp_path, monkeypatch):
     """Equation (3) again: another pair's hint changes nothing yet, and the held-out pairs are the same each time."""
     sd, pairs = StableDiffusion.load(nano).requires_grad_(False), DrawnImages(3, 64)
     held_out, again = (HeldOut(sd, pairs, 0, tmp_path, previews=False) for _ in range(2))
@@ -101,13 +90,8 @@ def test_the_response_is_zero_before_the_first_step(nano, tmp_path):
     assert values["hint_sensitivity"] == values["hint_gap"] == 0 < values["heldout_loss"]
     assert not list(tmp_path.iterdir())  # nothing is sampled
     assert HeldOut(sd, DrawnImages(1, 64), 0, tmp_path, previews=False).response(Denoiser(sd.unet, controlnet)) == {}
-
-
-def test_step_zero_is_sampled_once(nano, tmp_path, monkeypatch):
-    """The base's samples are kept with the run: resuming reads them."""
-    sd, pairs = StableDiffusion.load(nano), DrawnImages(2, 64)
     first = HeldOut(sd, pairs, 0, tmp_path)
-    monkeypatch.setattr(convergence, "generate", None)
+    monkeypatch.setattr(convergence, "generate", None)  # the base's samples are kept with the run: resuming reads them
     again = HeldOut(sd, pairs, 0, tmp_path)
     assert torch.equal(first.step_0, again.step_0) and first.base_scores == again.base_scores != {}
 
