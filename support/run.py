@@ -15,16 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from support import options
-from support.checkpoints import (
-    CONFIG,
-    TOLD_BY_CONTENT,
-    check_config,
-    find_checkpoint,
-    forget_later,
-    load_checkpoint,
-    save_checkpoint,
-)
+from support import checkpoints, options
+from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
 from support.files import PARTIAL, clear, save_json
@@ -82,7 +74,7 @@ class Run:
             if self.writes:
                 self.exits.enter_context(owned(self.folder))
             if self.resuming:
-                self.checkpoint = find_checkpoint(self.folder / "checkpoints", self.resuming)
+                self.checkpoint = checkpoints.find_checkpoint(self.folder / "checkpoints", self.resuming)
             elif any((self.folder / name).exists() for name in WHAT_A_RUN_LEAVES):
                 raise UserError(f"{self.folder} holds a run already: add --resume-from-checkpoint latest, or choose "
                                 "another --output-dir")  # fmt: skip
@@ -132,20 +124,20 @@ class Run:
         self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
         if self.resuming:
-            saved = check_config((self.checkpoint or self.folder) / CONFIG, self.config)
+            saved = checkpoints.check_config((self.checkpoint or self.folder) / CONFIG, self.config)
             self.step = saved.get("step", 0)
             if self.step > args.max_train_steps:
                 raise UserError(f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more")
             none = f"{self.folder} has no checkpoint yet: starting at step 0"
             self.say(f"resuming from {self.checkpoint}" if self.checkpoint else none)
-            for name in TOLD_BY_CONTENT:
+            for name in checkpoints.TOLD_BY_CONTENT:
                 if saved[name] != self.config[name]:
                     self.say(f"--{name} was {saved[name]}: what counts is that {self.config[name]} holds the same")
         if self.writes:
             for part in (".", "cache", "checkpoints", "previews", "snapshots"):
                 clear(self.folder / part, PARTIAL)
             if not self.checkpoint:  # what is there is of a run that died before its first one
-                forget_later(self.folder, -1)
+                checkpoints.forget_later(self.folder, -1)
 
     def resume(
         self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
@@ -153,11 +145,11 @@ class Run:
         """Load the checkpoint, if there is one, drop what came after it, and open the log where it left off."""
         self.state = trained, optimizer, scaler
         if self.checkpoint:
-            load_checkpoint(self.checkpoint, *self.state)
+            checkpoints.load_checkpoint(self.checkpoint, *self.state)
         optimizer.register_step_pre_hook(self.step_begins)
         optimizer.register_step_post_hook(self.step_is_done)
         if self.writes:
-            forget_later(self.folder, self.step)
+            checkpoints.forget_later(self.folder, self.step)
             save_json(self.config, self.folder / CONFIG)
             self.log_book = Log(self.folder, self.step, self.args.report_to == "tensorboard")
             self.history = self.log_book.history
@@ -228,7 +220,7 @@ class Run:
         """Write a checkpoint of the last step."""
         self.unsaved = False  # if this fails it would fail again
         limit = self.args.checkpoints_total_limit
-        save_checkpoint(self.folder / "checkpoints", self.step, *self.state, self.config, limit)
+        checkpoints.save_checkpoint(self.folder / "checkpoints", self.step, *self.state, self.config, limit)
 
     def say_what_next(self) -> None:
         result, args = self.folder / "controlnet.safetensors", self.args

@@ -20,7 +20,7 @@ SLOW = f"""
 import os, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import support.batches, support.files, support.log, support.run, train
+import support.batches, support.checkpoints, support.files, support.log, train
 from support.errors import run_command_line
 
 wanted, skipped = os.environ["WANTED"], int(os.environ["SKIPPED"])
@@ -36,7 +36,7 @@ def pause(moment):
         time.sleep(600)
 
 keep, save_file, rmtree = support.batches.EncodedPairs.keep, support.files.save_file, shutil.rmtree
-forget_later, write_log = support.run.forget_later, support.log.write_log
+forget_later, write_log = support.checkpoints.forget_later, support.log.write_log
 
 def keep_slowly(pairs, index, moments):
     before = pairs.path.read_bytes()
@@ -72,7 +72,7 @@ def trim_slowly(*arguments):
     pause("resuming")
 
 support.batches.EncodedPairs.keep, support.files.save_file, shutil.rmtree = keep_slowly, save_slowly, remove_slowly
-support.run.forget_later, support.log.write_log = forget_slowly, trim_slowly
+support.checkpoints.forget_later, support.log.write_log = forget_slowly, trim_slowly
 run_command_line(train.main)
 """
 

@@ -355,7 +355,7 @@ def test_stopped_before_the_first_checkpoint(trained, tmp_path, monkeypatch, cap
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("support.run.save_checkpoint", killed)
+        context.setattr("support.checkpoints.save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             trained("--max-train-steps", "2")
     with pytest.raises(UserError, match="holds a run already"):
