@@ -16,15 +16,30 @@ STATE, CONFIG = "state.safetensors", "config.json"
 TOLD_BY_CONTENT = ("base", "data")  # options that may change, as what they name may move
 
 
-def state_tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, not copied: the trained weights and the optimizer's state."""
-    states = {f"trained.{part}": module.state_dict() for part, module in trained.items()}
+def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training changes, by name and not copied: the modules' weights and the optimizer's state."""
+    states = {name: module.state_dict() for name, module in modules.items()}
     states |= {f"optimizer.{i}": state for i, state in optimizer.state_dict()["state"].items()}
     return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
+@torch.no_grad()
+def load_state(saved: dict[str, Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.AdamW) -> None:
+    """Copy what state_tensors gave into a training of the same names and shapes. Raises ValueError if they differ."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):  # as AdamW begins
+        step = torch.zeros((), device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    tensors = state_tensors(modules, optimizer)
+    if other := saved.keys() ^ tensors.keys():
+        raise ValueError(f"{min(other)} is not in both")
+    for name, tensor in tensors.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(f"{name} is {list(saved[name].shape)}, not {list(tensor.shape)}")
+        tensor.copy_(saved[name])  # in place: its memory format, which the fused step needs, is kept
+
+
 def save_checkpoint(
-    folder: Path, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
+    folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, config: dict, limit: int,
 ) -> None:  # fmt: skip
     """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete.
@@ -36,7 +51,7 @@ def save_checkpoint(
     metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
     with writing(folder):
         with whole_folder(folder / f"step-{step}") as temporary:
-            save_tensors(state_tensors(trained, optimizer), temporary / STATE, metadata)
+            save_tensors(state_tensors(modules, optimizer), temporary / STATE, metadata)
             save_json({"step": step, "sha256": sha256(temporary / STATE)} | config, temporary / CONFIG)
         found = steps_in(folder)
         for number in sorted(found)[:-limit]:
@@ -44,21 +59,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Load the state of a checkpoint of the same training."""
     saved, metadata = read_tensors(path / STATE)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):  # as AdamW begins
-        step = torch.zeros((), device=p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    tensors = state_tensors(trained, optimizer)
-    with reading(path / STATE, "checkpoint of this training", "resume from another one"), torch.no_grad():
-        if other := saved.keys() ^ tensors.keys():
-            raise ValueError(f"{min(other)} is not in both")
-        for name, tensor in tensors.items():
-            if tensor.shape != saved[name].shape:
-                raise ValueError(f"{name} is {list(saved[name].shape)}, not {list(tensor.shape)}")
-            tensor.copy_(saved[name])  # in place: its memory format, which the fused step needs, is kept
+    with reading(path / STATE, "checkpoint of this training", "resume from another one"):
+        load_state(saved, modules, optimizer)
         scaler.load_state_dict(json.loads(metadata["scaler"]))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -112,6 +113,27 @@ def clear(folder: Path, prefix: str) -> None:
     """Remove what a killed process left in a folder, by the beginning of its name."""
     for path in folder.glob(f"{prefix}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file, which the operating system frees however this process ends. Raises filelock.Timeout.
+
+    It and the folders that were made for it go again, if nothing else is in them.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps it
+                    path.unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def make_folder(path: Path) -> None:

@@ -8,11 +8,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from support.errors import UserError, reading, writing
-from support.files import WEIGHT_FILES
+from support.files import WEIGHT_FILES, locked
 
 
 @contextlib.contextmanager
@@ -73,8 +72,8 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
     if (folder / contains).is_file():
         return folder
     archive = fetch(repo, file, advice)
-    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))  # of several processes one unpacks it
-    with lock, tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+    lock = folder.absolute().with_name(f".{folder.name}.lock")  # of several processes one unpacks it
+    with locked(lock), tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
         if (folder / contains).is_file():
             return folder
         unpack(archive, Path(temporary))

@@ -6,13 +6,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from support.batches import EncodedPairs
 from support.devices import describe, usable_cpus
 from support.errors import UserError, warn_if_cut
-from support.files import read_json, save_json
+from support.files import locked, read_json, save_json
 from support.listing import refuse_broken
 from support.run import Run
 
@@ -49,8 +48,7 @@ def look_at(*sets, record: Path) -> list[list[str]]:
     Their files are opened, but for those that `record` knows from another time, by path, size and date. Of several
     processes one looks, the others then find the record.
     """
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(record.with_suffix(".lock")):
+    with locked(record.with_suffix(".lock")):
         known = {}
         with contextlib.suppress(UserError):  # none yet, or a damaged one
             known = read_json(record)
@@ -60,7 +58,7 @@ def look_at(*sets, record: Path) -> list[list[str]]:
         with ThreadPoolExecutor(usable_cpus()) as pool:
             found = list(tqdm(pool.map(look, new.values()), "looking at the pairs", len(new), disable=not new))
         known |= {stamp: content for stamp, (content, _) in zip(new, found) if content}
-        if new:
+        if known:
             save_json(known, record)
     refuse_broken([error for _, error in found if error], len(named), "the pairs")
     return [[known.get(stamp) or pairs.content(i) for i, stamp in enumerate(some)] for pairs, some in zip(sets, stamps)]

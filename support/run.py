@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from support import checkpoints, options
 from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
-from support.files import PARTIAL, clear, save_json
+from support.files import PARTIAL, clear, locked, save_json
 from support.log import Log, write_log
 
 WHAT_A_RUN_LEAVES = (CONFIG, "log.jsonl", "checkpoints", "controlnet.safetensors")
@@ -35,18 +35,16 @@ def ignore_terminal(worker: int) -> None:
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make `folder` this process's own until it ends, however it ends: the operating system keeps the lock."""
-    lock = FileLock(folder / "lock", timeout=0)
-    with writing(folder, "another --output-dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{folder} is in use by another run: wait for it, or choose another --output-dir") from None
-    try:
+    """Make `folder` this process's own until it ends, however it ends."""
+    with contextlib.ExitStack() as exits:
+        with writing(folder, "another --output-dir"):
+            try:
+                exits.enter_context(locked(folder / "lock", timeout=0))
+            except Timeout:
+                raise UserError(
+                    f"{folder} is in use by another run: wait for it, or choose another --output-dir"
+                ) from None
         yield
-    finally:
-        lock.release()
 
 
 class Run:
@@ -143,7 +141,7 @@ class Run:
         self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> None:
         """Load the checkpoint, if there is one, drop what came after it, and open the log where it left off."""
-        self.state = trained, optimizer, scaler
+        self.state = {f"trained.{name}": module for name, module in trained.items()}, optimizer, scaler
         if self.checkpoint:
             checkpoints.load_checkpoint(self.checkpoint, *self.state)
         optimizer.register_step_pre_hook(self.step_begins)

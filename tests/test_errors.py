@@ -234,7 +234,7 @@ MISTAKES = [
     ("sample", f"--output {LONG}.png --steps 1 --resolution 64", ["too long", "choose another folder"]),
     ("train", f"--base {LONG}", ["too long", "correct the path"]),
     ("train", f"--data {LONG}", ["too long", "correct the path"]),
-    ("train", f"--output-dir {LONG}", ["too long", "correct the path"]),
+    ("train", f"--output-dir {LONG}", ["too long", "choose another --output-dir"]),
 ]
 
 

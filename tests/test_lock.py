@@ -16,12 +16,17 @@ STARTS = int(os.environ.get("STARTS", "1"))
 
 
 def test_only_one_has_it(tmp_path):
-    for _ in range(2):  # what ends with an error leaves it free
-        with pytest.raises(RuntimeError), owned(tmp_path / "runs" / "mine"):
+    folder = tmp_path / "runs" / "mine"
+    for result in (None, folder / "result", None):  # what ends with an error leaves it free
+        with pytest.raises(RuntimeError), owned(folder):
             told = "mine is in use by another run: wait for it, or choose another --output-dir"
-            with pytest.raises(UserError, match=told), owned(tmp_path / "runs" / "mine"):
+            with pytest.raises(UserError, match=told), owned(folder):
                 pass
+            assert (folder / "lock").exists()  # the loser took nothing away
+            if result:
+                result.write_text("")
             raise RuntimeError
+        assert folder.exists() == (folder / "result").exists()  # a folder that was made for nothing goes again
 
 
 def test_a_child_does_not_keep_it(tmp_path):

@@ -51,8 +51,7 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
 
     # What a run leaves.
     assert {path.name for path in parts.iterdir()} == {
-        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "lock",
-        "log.jsonl",
+        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "log.jsonl",
     }  # fmt: skip
     assert json.loads((parts / "config.json").read_text())["learning_rate"] == 2e-3
     _, metadata = read_tensors(parts / "controlnet.safetensors")
