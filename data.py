@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from support.colours import COLOURS
-from support.files import fingerprint
 from support.hub import fetch_folder
-from support.listing import open_pair, read_listing
+from support.listing import content_of_pair, open_pair, read_listing
 from support.pictures import fit_image, open_image
 from support.pictures_to_pairs import make_pairs
 
@@ -81,9 +80,13 @@ def draw_fill50k(index: int, size: int = 512, seed: int = 0, palette: bool = Fal
 class Pairs:
     """Pairs of hint and target by index, squares of `resolution` pixels, with their `prompts`.
 
-    A set has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair; and
-    `content(index)`, a text that changes when they do and is the same on another machine.
+    A set of pairs has `pictures(index)`, hint and target as they are; `name(index)`, what a message calls the pair;
+    `files(index)`, those that it is read from; and `content(index)`, a text that changes when the pair does and is the
+    same on another machine.
     """
+
+    def files(self, index: int) -> list[Path]:
+        return []
 
     def hint(self, index: int) -> Tensor:
         """[3, H, W] in [0, 1], 0 = background."""
@@ -125,8 +128,12 @@ class PairedImages(Pairs):
     def name(self, index: int) -> str:
         return self.places[index]
 
+    def files(self, index: int) -> list[Path]:
+        return [self.hints[index], self.targets[index]]
+
     def content(self, index: int) -> str:
-        return f"{fingerprint(self.hints[index])} {fingerprint(self.targets[index])}"
+        """Raises UserError when the pair is seen to be broken, without decoding it whole."""
+        return content_of_pair(self.places[index], self.hints[index], self.targets[index])
 
 
 class DrawnImages(Pairs):

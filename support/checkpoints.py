@@ -1,9 +1,9 @@
 """Checkpoints: checkpoints/step-N with the trained weights, the optimizer's state and the options."""
 
 import json
+import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from support.errors import UserError, reading, writing
@@ -11,68 +11,81 @@ from support.errors import UserError, reading, writing
 import torch
 from torch import Tensor, nn
 
-from support.files import clear, read_json, read_tensors, replacing, save_json, save_tensors, sha256
+from support.files import PARTIAL, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"
-ASIDE = ".aside-"  # begins the name of folders with checkpoints later than the step that a run was resumed from
+TOLD_BY_CONTENT = ("base", "data")  # options that may change, as what they name may move
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, for a safetensors file."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training changes, by name and not copied: the modules' weights and the optimizer's state."""
+    states = {name: module.state_dict() for name, module in modules.items()}
+    states |= {f"optimizer.{i}": state for i, state in optimizer.state_dict()["state"].items()}
+    return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The reverse of optimizer_tensors, for Adam. Raises KeyError or RuntimeError when it is not for these weights."""
-    state: dict[int, dict[str, Tensor]] = {}
-    if any(name.startswith("optimizer.") for name in tensors):  # else no step was done yet
-        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            moments = (tensors[f"optimizer.{i}.{key}"].view(p.shape) for key in ("exp_avg", "exp_avg_sq"))
-            # In the parameter's memory format, as the fused step needs.
-            exp_avg, exp_avg_sq = (torch.empty_like(p).copy_(moment) for moment in moments)
-            state[i] = {"step": tensors[f"optimizer.{i}.step"].view(()), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def state_tensors(trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: the trained weights and the optimizer's state."""
-    parts = {part: module.state_dict() for part, module in trained.items()}
-    weights = {f"trained.{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-    return weights | optimizer_tensors(optimizer)
+@torch.no_grad()
+def load_state(saved: dict[str, Tensor], modules: dict[str, nn.Module], optimizer: torch.optim.AdamW) -> None:
+    """Copy what state_tensors gave into a training of the same names and shapes. Raises ValueError if they differ."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):  # as AdamW begins
+        step = torch.zeros((), device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    tensors = state_tensors(modules, optimizer)
+    if other := saved.keys() ^ tensors.keys():
+        raise ValueError(f"{min(other)} is not in both")
+    for name, tensor in tensors.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(f"{name} is {list(saved[name].shape)}, not {list(tensor.shape)}")
+        tensor.copy_(saved[name])  # in place: its memory format, which the fused step needs, is kept
 
 
 def save_checkpoint(
-    folder: Path, step: int, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
+    folder: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, config: dict, limit: int,
 ) -> None:  # fmt: skip
     """Write checkpoints/step-N, beside its place first, so that a folder of that name is always complete.
 
     It holds all that the next steps depend on: the trained weights, the state of optimizer and gradient scaler, the
-    step and the options; and the first file's checksum.
-    The order of the data, noise, times and dropped prompts follow from seed and step, so no random state is kept.
-    Then all but the newest `limit` go, and so does what was set aside. Raises UserError, as save_tensors does.
+    step and the options; and the first file's checksum. The order of the data, noise, times and dropped prompts follow
+    from seed and step, so no random state is kept. Then all but the newest `limit` go.
     """
     metadata = {"scaler": json.dumps(scaler.state_dict())}  # {} unless it trains in fp16
     with writing(folder):
         with replacing(folder / f"step-{step}") as temporary:
-            save_tensors(state_tensors(trained, optimizer), temporary / STATE, metadata)
+            save_tensors(state_tensors(modules, optimizer), temporary / STATE, metadata)
             save_json({"step": step, "sha256": sha256(temporary / STATE)} | config, temporary / CONFIG)
         found = steps_in(folder)
         for number in sorted(found)[:-limit]:
-            shutil.rmtree(found[number])
-        clear(folder, ASIDE)
+            remove(found[number])
 
 
-def set_aside(folder: Path, last_step: int) -> list[int]:
-    """Put checkpoints of later steps where nothing looks for them, until the next one is written; returns the steps.
+def load_checkpoint(
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Load the state of a checkpoint of the same training."""
+    saved, metadata = read_tensors(path / STATE)
+    with reading(path / STATE, "checkpoint of this training", "resume from another one"):
+        load_state(saved, modules, optimizer)
+        scaler.load_state_dict(json.loads(metadata["scaler"]))
 
-    The newest goes first: if a kill comes between, the newest that is left still is the one that the log leads to.
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint: its name in one step, so that what a kill leaves of it is no checkpoint."""
+    nameless = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
+    os.replace(checkpoint, nameless)
+    shutil.rmtree(nameless)
+
+
+def forget_later(run: Path, last: int) -> None:
+    """Remove what a run's folder has of steps after `last`, which are going to be done again.
+
+    The newest checkpoint goes first: if a kill comes between, the newest that is left still is one that the log leads
+    to.
     """
-    later = {step: path for step, path in steps_in(folder).items() if step > last_step}
-    for step in sorted(later, reverse=True):
-        later[step].rename(Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder)) / later[step].name)
-    return sorted(later)
+    for folder, suffix in (("checkpoints", ""), ("previews", ".png"), ("snapshots", ".safetensors")):
+        for step, path in sorted(steps_in(run / folder, suffix).items(), reverse=True):
+            if step > last:
+                path.unlink() if suffix else remove(path)
 
 
 def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
@@ -92,69 +105,41 @@ def find_snapshots(run: Path) -> tuple[dict, dict[int, Path]]:
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The folder that --resume-from-checkpoint means; None for "latest" when a run was stopped before its first one.
-
-    Raises UserError when there is no such checkpoint, no run, or when it is not what was saved: then with the newest
-    one that is.
-    """
+    """The folder that --resume-from-checkpoint means; None for "latest" when a run was stopped before its first one."""
     found = steps_in(folder)
     if wanted == "latest" and not found:
         if (folder.parent / CONFIG).is_file():
             return None
         raise UserError(f"{folder} has no checkpoint to resume from: leave --resume-from-checkpoint out")
     path = found[max(found)] if wanted == "latest" else Path(wanted)
-    if path.resolve().parent != folder.resolve():
-        if (path / STATE).is_file():
-            raise UserError(f"{path} is another run's, not in {folder}: pass --output-dir {path.parent.parent}")
-        raise UserError(f"{path} is no checkpoint: pass latest, or a folder of {folder}, with {STATE} in it")
-    if is_damaged(path):
+    if path.resolve() not in (other.resolve() for other in found.values()):
+        raise UserError(f"{path} is no checkpoint of this --output-dir: pass latest, or a folder of {folder}")
+    if not is_whole(path):
         others = (found[step] for step in sorted(found, reverse=True) if found[step].name != path.name)
-        good = next((other for other in others if not is_damaged(other)), None)
-        remedy = f"resume from {good}" if good else "start another --output-dir"
-        raise UserError(f"{path} is damaged or renamed: {remedy}")
+        good = next(filter(is_whole, others), None)
+        raise UserError(f"{path} is damaged or renamed: "
+                        + (f"resume from {good}" if good else "start another --output-dir"))  # fmt: skip
     return path
 
 
-def is_damaged(path: Path) -> bool:
-    """Whether a checkpoint holds anything else than what was written as its step."""
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint holds what was written as its step."""
     try:
         config = read_json(path / CONFIG)
-        return f"step-{config.get('step')}" != path.name or config.get("sha256") != sha256(path / STATE)
+        return f"step-{config.get('step')}" == path.name and config.get("sha256") == sha256(path / STATE)
     except (UserError, OSError):
-        return True
+        return False
 
 
-def check_config(path: Path, config: dict, processes: int) -> int:
-    """The step that a config.json is of, 0 without one. Raises UserError if options that decide the result changed."""
+def check_config(path: Path, config: dict) -> dict:
+    """A saved config.json. Raises UserError if options that decide the result are no longer those in it."""
     saved = read_json(path)
-    changed = [k for k, value in config.items() if k in saved and k != "max_train_steps" and saved[k] != value]
+    may_change = ("max_train_steps", *TOLD_BY_CONTENT)
+    changed = [name for name in config if saved.get(name, config[name]) != config[name] and name not in may_change]
     if changed:
-        if "train_batch_size" in changed and processes > 1:
-            saved["train_batch_size"] = f"{saved['train_batch_size']} over all processes"
-        options = ", ".join(as_typed(f"--{name.replace('_', '-')}", saved[name]) for name in changed)
+        options = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
-    return saved.get("step", 0)
-
-
-def as_typed(option: str, value) -> str:
-    if value is True:
-        return option
-    return f"{option} {value}" if value not in (None, False) else f"no {option}"
-
-
-def load_checkpoint(
-    path: Path, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Load the state of a checkpoint of the same training. Raises UserError when it does not fit."""
-    tensors, metadata = read_tensors(path / STATE)
-    with reading(path / STATE, "checkpoint of this training", "resume from another one"):
-        for part, module in trained.items():
-            prefix = f"trained.{part}."
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        load_optimizer_tensors(optimizer, tensors)
-        scaler.load_state_dict(json.loads(metadata.get("scaler", "{}")))
-        if unknown := tensors.keys() - state_tensors(trained, optimizer):
-            raise ValueError(f"{min(unknown)} is not of this training")
+    return saved
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -16,6 +16,7 @@ from uuid import uuid4
 from support.errors import UserError, reading, writing
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,6 +117,27 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
 
 
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock file, which the operating system frees however this process ends. Raises filelock.Timeout.
+
+    It and the folders that were made for it go again, if nothing else is in them.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps it
+                    path.unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, before the work whose results go there, and see that it can be written."""
     with writing(path):
@@ -136,21 +158,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(path: Path) -> str:
-    """Size and content of a file, the same wherever it lies.
-
-    Of a large compressed picture only both ends, against reading gigabytes at every start: a PNG's end has a checksum
-    of the rest, and pictures that were saved again differ in size.
-    """
-    size = path.stat().st_size
-    if size <= 2 * ENDS or path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        return f"{size} {sha256(path)}"
-    with open(path, "rb") as file:
-        ends = file.read(ENDS)
-        file.seek(-ENDS, os.SEEK_END)
-        return f"{size} {hashlib.sha256(ends + file.read()).hexdigest()}"
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:

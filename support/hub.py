@@ -10,10 +10,9 @@ from pathlib import Path
 
 from support.errors import UserError, reading, writing
 
-from filelock import FileLock
 from tqdm import tqdm
 
-from support.files import WEIGHT_FILES
+from support.files import WEIGHT_FILES, locked
 
 
 @contextlib.contextmanager
@@ -69,8 +68,8 @@ def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str)
     if (folder / contains).is_file():
         return folder
     archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"
-    lock = FileLock(folder.absolute().with_name(f".{folder.name}.lock"))  # of several processes one unpacks it
-    with lock, tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+    lock = folder.absolute().with_name(f".{folder.name}.lock")  # of several processes one unpacks it
+    with locked(lock), tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
         if (folder / contains).is_file():
             return folder
         with reading(archive, "zip file", remedy, damage=Exception), zipfile.ZipFile(archive) as file:

@@ -1,7 +1,9 @@
 """Folders of pairs: a listing and the pictures that it names, or pictures of equal names beside their captions."""
 
 import codecs
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -12,7 +14,7 @@ from support.errors import UserError, reading
 
 from PIL import Image
 
-from support.pictures import is_picture, open_image
+from support.pictures import MOST_OBLONG, is_picture, open_image
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images.
 IMAGE_FOLDER = (
@@ -161,8 +163,39 @@ def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Ima
         hint, target = open_image(hint_path), open_image(target_path)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    (width, height), (target_width, target_height) = hint.size, target.size
-    if abs(width * target_height - height * target_width) > 0.01 * width * target_height:
-        sizes = f"{width}x{height}, target {target_path.name} {target_width}x{target_height}"
+    if not alike(hint.size, target.size):
+        sizes = "{}x{}, target {} {}x{}".format(*hint.size, target_path.name, *target.size)
         raise UserError(f"{place}: hint {hint_path.name} is {sizes}; crop them alike")
     return hint, target
+
+
+def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two pictures have the same proportions."""
+    (width, height), (other_width, other_height) = size, other
+    return abs(width * other_height - height * other_width) <= 0.01 * width * other_height
+
+
+def content_of_pair(place: str, hint_path: Path, target_path: Path) -> str:
+    """The contents of both files as checksums. Raises UserError that names `place` when a picture is of no use.
+
+    Thousands are looked at before a training, so only what looks odd is decoded whole; that is then the last word.
+    """
+    contents = []
+    for path in (hint_path, target_path):
+        with reading(path, "picture"):
+            contents.append(path.read_bytes())
+    sizes = [sound_size(content) for content in contents]
+    if None in sizes or not alike(*sizes):
+        open_pair(place, hint_path, target_path)
+    return " ".join(hashlib.sha256(content).hexdigest() for content in contents)
+
+
+def sound_size(content: bytes) -> tuple[int, int] | None:
+    """The size of a PNG or JPEG that seems whole: its checksums fit, or its last scan has an end. None for others."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
+        usual = image.mode not in ("I", "F") and max(image.size) <= MOST_OBLONG * min(image.size)
+        if image.format == "PNG":
+            image.verify()  # which raises what differs from a checksum
+        elif content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):  # end of image, start of scan
+            return None
+        return image.size if usual else None

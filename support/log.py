@@ -36,36 +36,29 @@ def write_log(path: Path, entries: list[dict]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def trim_log(path: Path, last_step: int) -> list[dict]:
-    """Drop what a log says of steps after `last_step`, and a line cut short; returns the entries that stay."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= last_step]
-    write_log(path, kept)
-    return kept
-
-
 class Log:
-    """log.jsonl of a run that goes on after `last_step`, and TensorBoard's files beside it if asked for.
+    """The log of a run that goes on after `last_step`, trimmed to it, and TensorBoard's files beside it if asked for.
 
-    `history` holds all entries. Raises UserError when the folder can't be written.
+    `history` holds all entries. The last one can still grow until `write` is called.
     """
 
     def __init__(self, folder: Path, last_step: int, tensorboard: bool):
-        self.folder, self.history = folder, trim_log(folder / "log.jsonl", last_step)
-        self.began = time.monotonic() - (self.history[-1].get("seconds", 0) if self.history else 0)
-        self.writer = None
-        with writing(folder, "another --output-dir"):
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+        self.folder, self.path, self.writer = folder, folder / "log.jsonl", None
+        self.history = [entry for entry in read_log(self.path) if entry["step"] <= last_step]
+        write_log(self.path, self.history)
+        self.began = time.monotonic() - max((entry.get("seconds", 0) for entry in self.history), default=0)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
+            with writing(folder, "another --output-dir"):
                 self.writer = SummaryWriter(folder / "tensorboard", purge_step=last_step + 1)
-            self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115
 
-    def write(self, entry: dict) -> None:
-        """Add a finished step. Raises UserError when the disk is full."""
-        self.add(entry)
-        with writing(self.file.name):
-            self.file.write(json.dumps(self.history[-1]) + "\n")
-            self.file.flush()
+    def write(self) -> None:
+        """Append the last entry to the file."""
+        entry = self.history[-1]
+        entry["seconds"] = round(time.monotonic() - self.began, 2)
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
         if self.writer:
             for name, value in entry.items():
                 if not isinstance(value, list):
@@ -74,18 +67,4 @@ class Log:
             if preview.exists():
                 with Image.open(preview) as picture:
                     self.writer.add_image("preview", np.asarray(picture), entry["step"], dataformats="HWC")
-
-    def add(self, entry: dict) -> None:
-        self.history.append(entry | {"seconds": round(time.monotonic() - self.began, 2)})
-
-    def repair(self, entry: dict) -> None:
-        """After an error, write the whole log again, with the last step's entry. Raises UserError."""
-        if not self.history or self.history[-1]["step"] < entry["step"]:
-            self.add(entry)
-        write_log(self.folder / "log.jsonl", self.history)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, already reported
-            self.file.close()
-        if self.writer:
-            self.writer.close()
+            self.writer.flush()

@@ -17,12 +17,10 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def index_batches(
-    count: int, batch_size: int, seed: int, first: int, share: slice = slice(None)
-) -> Iterator[list[int]]:
+def index_batches(count: int, batch_size: int, seed: int, first: int, rows: slice = slice(None)) -> Iterator[list[int]]:
     """Batches of indices without end, from batch number `first` on: all pairs in a new order, again and again.
 
-    Only the `share` of each batch that belongs to this process is given.
+    Only the `rows` of each batch that are this process's are given.
     """
 
     @lru_cache(maxsize=2)
@@ -31,5 +29,5 @@ def index_batches(
 
     position = first * batch_size
     while True:
-        yield [order(i // count)[i % count] for i in range(position, position + batch_size)[share]]
+        yield [order(i // count)[i % count] for i in range(position, position + batch_size)[rows]]
         position += batch_size

@@ -5,7 +5,7 @@ from support.errors import warn
 
 import pytest
 import torch
-from standin import CONFIGS, NANO, make_up_merges, stand_in
+from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
 
 from clip_text import Tokenizer
 from formats.diffusers import BETAS, LAYOUTS
@@ -59,6 +59,37 @@ def checkpoint(scratch):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def quick(nano):
+    """Options for a short training on `nano`."""
+    return ["--base", nano, *QUICK]
+
+
+@pytest.fixture(scope="session")
+def trained_in(quick):
+    """trained_in(folder, *options): a short training, in this process."""
+    import train
+
+    def run(folder: Path, *options) -> Path:
+        with pytest.MonkeyPatch.context() as context:
+            run_main(context, train, *quick, "--output-dir", folder, *options)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def four_steps(trained_in, scratch):
+    """The folder of a finished run, with checkpoints at steps 2 and 4. Not to be changed."""
+    return trained_in(scratch / "four-steps", "--checkpointing-steps", "2", "--max-train-steps", "4")
+
+
+@pytest.fixture
+def trained(trained_in, tmp_path):
+    """trained(*options) -> the folder of a run with them, tmp_path / "run" if no other is given."""
+    return lambda *options, folder=tmp_path / "run": trained_in(folder, *options)
 
 
 @pytest.fixture(scope="session")

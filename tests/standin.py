@@ -37,6 +37,10 @@ NANO = (  # the fixture `nano`
     VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), norm_groups=4),
     CLIPTextConfig(vocab_size=866, width=16, mlp_width=32, num_layers=1, num_heads=1),
 )
+# train.py's options for a short run, with `--base` the fixture `nano`: nothing is sampled, and more steps are the same
+# training.
+QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "0"]
+QUICK += ["--snapshot-steps", "0", "--cooldown", "0"]
 
 
 def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:

@@ -1,135 +1,187 @@
-"""Targets and prompts are encoded once, and again when what they depend on has changed."""
+"""Every target is encoded once, when a batch first needs it; every picture is looked at before the first step."""
 
 import pickle
+import random
 import shutil
+from types import SimpleNamespace
+
+from support.errors import UserError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import SAMPLE, HostilePickle
+from standin import QUICK, SAMPLE, read_run, run_main
 
+import support.listing
+import train
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
-from support import cache
-from support.cache import CachedPairs, cache_latents, fingerprints
-from support.files import ENDS, fingerprint
+from support.batches import Batch, EncodedPairs
+from support.inputs import look_at
 
 
 @pytest.fixture
-def sd(monkeypatch):
-    """The miniature; `sd.encoded` lists the sizes of the batches that it has encoded."""
-    sd = StableDiffusion.load("tiny")
-    encode, sd.encoded = sd.vae.encode, []
-    monkeypatch.setattr(sd.vae, "encode", lambda images: sd.encoded.append(len(images)) or encode(images))
+def sd(nano, monkeypatch):
+    """The nano base; `sd.encoded` counts the pictures that its VAE has encoded."""
+    sd = StableDiffusion.load(nano)
+    encode, sd.encoded = sd.vae.encode, 0
+
+    def counted(images):
+        sd.encoded += len(images)
+        return encode(images)
+
+    monkeypatch.setattr(sd.vae, "encode", counted)
     return sd
 
 
-def encode(sd, pairs, folder, batch_size=4):
-    cache_latents(sd, pairs, [], folder, fingerprints(sd, pairs, []), batch_size=batch_size)
-    return CachedPairs(pairs, folder)
+def moments(sd, pairs, path, encoder="encoder", vanish=False):
+    """The moments of all pairs, and how many of them had to be encoded."""
+    sd.encoded, indices = 0, list(range(len(pairs)))
+    encoded = EncodedPairs(pairs, [pairs.content(i) for i in indices], path, encoder, 4)
+    batch = Batch(0, indices, [], [], torch.zeros(()), [encoded[i][2] for i in indices])
+    if vanish:  # after the process that loads pictures has seen them
+        path.write_bytes(b"")
+    return encoded.moments(batch, sd.vae.encode), sd.encoded
 
 
 @torch.no_grad()
 def test_what_is_kept(sd, tmp_path):
+    """Half precision, from the first use on; each picture alone; and no picture is sent that is not needed."""
     pairs = DrawnImages(5, 64)
-    cached = encode(sd, pairs, tmp_path / "cache", batch_size=2)
-    assert sd.encoded == [2, 2, 1]
+    first, encoded = moments(sd, pairs, tmp_path / "moments")
+    again, encoded_again = moments(sd, pairs, tmp_path / "moments")
+    assert (encoded, encoded_again) == (5, 0) and torch.equal(first, again)
     for i in range(5):
-        index, hint, moments, context = cached[i]
-        assert index == i and torch.equal(hint.float() / 255, pairs.hint(i))  # bytes lose nothing
-        expected = sd.vae.encode(pairs.image(i)[None])[0]
-        assert (moments - expected).abs().max() <= 1e-3 * expected.abs().max()  # half precision: 2^-11
-        assert (context - sd.encode_prompts([pairs.prompts[i]])[0]).abs().max() <= 1e-3 * context.abs().max()
-    assert torch.equal(cached.empty_context, sd.encode_prompts([""])[0].half().float())
+        assert torch.equal(first[i], sd.vae.encode(pairs.image(i)[None])[0].half().float())
+    known = EncodedPairs(pairs, [pairs.content(i) for i in range(5)], tmp_path / "moments", "encoder", 4)
+    index, hint, image = known[3]
+    assert index == 3 and image is None and torch.equal(hint.float() / 255, pairs.hint(3))  # bytes lose nothing
+    assert len(pickle.dumps(known)) < 5000  # the file is opened where it is needed, not sent along
 
 
-def test_a_stopped_encoding_goes_on(sd, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "FLUSH_EVERY", 2)
-    pairs, folder, read = DrawnImages(7, 64), tmp_path / "cache", DrawnImages.image
+def test_only_what_changed_is_encoded_again(sd, tmp_path):
+    data, path = shutil.copytree(SAMPLE, tmp_path / "data"), tmp_path / "moments"
 
-    def power_cut_at_5(self, index):
-        if index == 5:
-            raise KeyboardInterrupt
-        return read(self, index)
+    def encoded(encoder="encoder", resolution=64):
+        return moments(sd, PairedImages(data, resolution), path, encoder)[1]
 
-    whole = encode(sd, pairs, tmp_path / "whole", batch_size=1)
-    sd.encoded.clear()
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(DrawnImages, "image", power_cut_at_5)
-        encode(sd, pairs, folder, batch_size=1)
-    assert len(sd.encoded) == 5
-    resumed = encode(sd, pairs, folder, batch_size=1)
-    assert len(sd.encoded) == 5 + 3  # four were on the disk for certain
-    for ours, theirs in zip(resumed, whole, strict=True):
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_a_broken_cache_is_encoded_again(sd, tmp_path):
-    pairs, folder = DrawnImages(3, 64), tmp_path / "cache"
-    encode(sd, pairs, folder)
-    good = {name: (folder / name).read_bytes() for name in ("key.json", "moments.npy", "contexts.npy")}
-    np.save(tmp_path / "other.npy", np.zeros((3, 8, 7, 7), np.float16))
-    np.save(tmp_path / "objects.npy", np.array([HostilePickle(tmp_path / "trap")] * 3), allow_pickle=True)
-    other, objects = (tmp_path / "other.npy").read_bytes(), (tmp_path / "objects.npy").read_bytes()
-    for name, content in (
-        ("key.json", b"[]"), ("key.json", b'{"images": 3}'), ("moments.npy", None), ("moments.npy", b""),
-        ("moments.npy", good["moments.npy"][:-1]), ("contexts.npy", b"garbage"), ("contexts.npy", None),
-        ("moments.npy", other), ("moments.npy", objects),
-    ):  # fmt: skip
-        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-        sd.encoded.clear()
-        encode(sd, pairs, folder)
-        assert {name: (folder / name).read_bytes() for name in good} == good
-        assert sd.encoded == [3]
-    assert not (tmp_path / "trap").exists()
-
-
-def test_encoded_once_unless_something_changed(sd, tmp_path):
-    shutil.copytree(SAMPLE, tmp_path / "data")
-
-    def times_encoded(resolution=64) -> int:
-        sd.encoded.clear()
-        encode(sd, PairedImages(tmp_path / "data", resolution), tmp_path / "cache", batch_size=4)
-        return len(sd.encoded)
-
-    assert [times_encoded(), times_encoded()] == [1, 0]
-    shutil.copytree(tmp_path / "data", tmp_path / "copy")  # other times, the same content: as on another machine
-    shutil.rmtree(tmp_path / "data")
-    (tmp_path / "copy").rename(tmp_path / "data")
-    assert times_encoded() == 0
-    (tmp_path / "cache" / "key.json").write_text("{")
-    assert [times_encoded(), times_encoded()] == [1, 0]
-    shutil.copy(tmp_path / "data" / "target" / "1.png", tmp_path / "data" / "target" / "0.png")
-    assert [times_encoded(), times_encoded()] == [1, 0]
-    shutil.copy(tmp_path / "data" / "source" / "1.png", tmp_path / "data" / "source" / "0.png")
-    assert [times_encoded(), times_encoded()] == [1, 0]  # the new hint's shape has to be checked
-    listing = tmp_path / "data" / "prompt.json"
+    assert [encoded(), encoded()] == [4, 0]
+    listing = data / "prompt.json"
     listing.write_text(listing.read_text().replace("coral circle", "red circle"))
-    assert [times_encoded(), times_encoded()] == [1, 0]
-    assert [times_encoded(resolution=128), times_encoded(resolution=128)] == [1, 0]
-    with torch.no_grad():
-        sd.text_encoder.norm_out.bias.add_(1e-3)
-    assert [times_encoded(resolution=128), times_encoded(resolution=128)] == [1, 0]
+    assert encoded() == 0  # a caption
+    shutil.copy(data / "target" / "1.png", data / "target" / "0.png")
+    assert [encoded(), encoded()] == [1, 0]
+    shutil.move(data, tmp_path / "elsewhere")
+    data = tmp_path / "elsewhere"
+    assert encoded() == 0
+    assert [encoded("another VAE"), encoded("another VAE")] == [4, 0]
+    assert [encoded("another VAE", 128), encoded("another VAE", 128)] == [4, 0]
 
 
-def test_pairs_travel_to_other_processes(sd, tmp_path):
-    """The encoded rows are mapped where they are needed, not sent along."""
-    cached = encode(sd, DrawnImages(64, 64), tmp_path / "cache", batch_size=32)
-    assert (tmp_path / "cache" / "contexts.npy").stat().st_size > 200_000
-    assert len(pickle.dumps(cached)) < 50_000
+def test_whatever_a_crash_leaves_is_encoded_again(sd, tmp_path):
+    """Cut off anywhere, with holes, with bits or whole rows of something else: never taken for a target's moments."""
+    pairs, path, rng = DrawnImages(6, 64), tmp_path / "moments", random.Random(0)
+    whole, _ = moments(sd, pairs, path)
+    good = path.read_bytes()
+    size = len(good) // 6
+    swapped = good[size : 2 * size] + good[:size] + good[2 * size :]
+    spoiled = [b"", swapped, *(good[: rng.randrange(len(good))] for _ in range(4))]
+    for _ in range(8):
+        content = bytearray(good)
+        first = rng.randrange(len(good))
+        last = min(first + rng.choice([1, 100, 5000]), len(good))
+        content[first:last] = bytes(last - first) if rng.random() < 0.5 else rng.randbytes(last - first)
+        spoiled.append(bytes(content))
+    for content in spoiled:
+        path.write_bytes(content)
+        rows, encoded = moments(sd, pairs, path)
+        assert torch.equal(rows, whole) and path.read_bytes() == good
+        assert encoded > 0 or content == good
+    rows, encoded = moments(sd, pairs, path, vanish=True)
+    assert torch.equal(rows, whole) and encoded == 6
 
 
-@pytest.mark.parametrize("name", ["a.bmp", "a.png", "a.jpg"])
-def test_a_fingerprint_sees_a_changed_picture(name, tmp_path):
-    """Large files of one size: a pixel in the middle, or, of the JPEG, how it is to be turned."""
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_encoding_follows_the_precision(precision, nano, tmp_path, monkeypatch):
+    """bf16 for VAE and text encoder, float32 beside fp16; and what was encoded in one is not taken for the other."""
+    seen, open_inputs = [], train.open_inputs
+
+    def spy(run, sd, *pairs):
+        for network in (sd.vae.encoder.conv_in, sd.text_encoder.layers[0].mlp_in):
+            network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        return open_inputs(run, sd, *pairs)
+
+    monkeypatch.setattr(train, "open_inputs", spy)
+    monkeypatch.setattr(train, "HeldOut", lambda *_: SimpleNamespace())  # which encodes in float32 always
+    options = ["--base", nano, *QUICK, "--max-train-steps", "3", "--output-dir", tmp_path]
+    run_main(monkeypatch, train, *options, "--mixed-precision", precision)
+    expected = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert len(seen) == 4 + 3 and set(seen) == {expected}  # four pictures, three batches of prompts
+    moments, other = (tmp_path / "cache" / "moments").read_bytes(), "no" if precision == "bf16" else "bf16"
+    for name in ("checkpoints", "config.json", "controlnet.safetensors", "log.jsonl"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_main(monkeypatch, train, *options, "--mixed-precision", other)
+    assert (tmp_path / "cache" / "moments").read_bytes() != moments
+
+
+def test_a_corrected_picture_costs_that_one(nano, tmp_path, monkeypatch):
+    """The first one that can't be used ends no encoding, and neither are the others looked at again."""
+    data, opened, content = shutil.copytree(SAMPLE, tmp_path / "data"), [], PairedImages.content
+    good = (data / "target" / "2.png").read_bytes()
+    (data / "target" / "2.png").write_bytes(good[:-100])
+    monkeypatch.setattr(PairedImages, "content", lambda self, i: opened.append(i) or content(self, i))
+    options = ["--base", nano, *QUICK, "--data", data, "--max-train-steps", "2", "--output-dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="line 3: .*2.png is damaged or no picture"):
+        run_main(monkeypatch, train, *options)
+    assert sorted(opened) == [0, 1, 2, 3]
+    (data / "target" / "2.png").write_bytes(good)
+    run_main(monkeypatch, train, *options)
+    run_main(monkeypatch, train, *options[:-3], "3", *options[-2:], "--resume-from-checkpoint", "latest")
+    assert sorted(opened) == [0, 1, 2, 2, 3] and len(read_run(tmp_path / "run")) == 3
+
+
+def save_cut(image, path, **options):
+    image.save(path, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    """Pictures that are cut off, and a PNG with one bit flipped; PNGs and JPEGs that look whole are not decoded."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    image, thumbnail = Image.fromarray(pixels), Image.Exif()
+    thumbnail[0x010E] = "\xff\xd8\xff\xda\xff\xd9"  # a text with the marks of a whole JPEG, as a thumbnail has them
+    image.save(tmp_path / "good.png")
+    image.save(tmp_path / "good.jpg", exif=thumbnail)
+    image.save(tmp_path / "good.webp")
+    for name in ("cut.png", "cut.jpg", "cut.webp", "cut.bmp"):
+        save_cut(image, tmp_path / name)
+    save_cut(image, tmp_path / "cut-progressive.jpg", progressive=True, exif=thumbnail)
+    flipped = bytearray((tmp_path / "good.png").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.png").write_bytes(flipped)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    lines = [f'{{"source": "{name}", "target": "good.png", "prompt": ""}}' for name in names]
+    (tmp_path / "prompt.json").write_text("\n".join(lines))
+    decoded, open_pair = [], support.listing.open_pair
+    monkeypatch.setattr(support.listing, "open_pair", lambda *pair: decoded.append(pair[1].name) or open_pair(*pair))
+    with pytest.raises(UserError, match="6 of 9 entries are broken") as raised:
+        look_at(PairedImages(tmp_path, 64), record=tmp_path / "record" / "pictures.json")
+    assert all(any(name in line for line in raised.value.args[1:]) for name in names if "good" not in name)
+    assert set(names) - set(decoded) == {"good.png", "good.jpg"}
+
+
+def test_a_content_tells_every_change(tmp_path):
+    """Of large files of one size: one pixel, and how a JPEG is to be turned."""
     pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    seen = set()
-    for change in (0, 1):
-        exif = Image.Exif()
-        exif[0x0112] = 1 + 2 * change
-        pixels[128, 128] = 7 + change
-        Image.fromarray(pixels).save(tmp_path / name, exif=exif, compress_level=0, quality=100, subsampling=0)
-        seen.add(fingerprint(tmp_path / name))
-    assert (tmp_path / name).stat().st_size > 2 * ENDS
-    assert len(seen) == 2
+    for name in ("a.bmp", "a.png", "a.jpg"):
+        (tmp_path / "prompt.json").write_text(f'{{"source": "{name}", "target": "{name}", "prompt": ""}}')
+        seen = set()
+        for change in (0, 1):
+            exif = Image.Exif()
+            exif[0x0112] = 1 + 2 * change
+            pixels[128, 128] = 7 + change
+            Image.fromarray(pixels).save(tmp_path / name, exif=exif, compress_level=0, quality=100, subsampling=0)
+            seen.add(PairedImages(tmp_path, 64).content(0))
+        assert len(seen) == 2

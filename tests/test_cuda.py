@@ -101,7 +101,7 @@ def test_training_and_resuming(card, precision, tmp_path, monkeypatch):
     assert states[0][1] == states[1][1] and ("growth" in states[0][1]["scaler"]) == (precision == "fp16")
     run_main(monkeypatch, train, *TRAIN, "--device", "cpu", "--output-dir", tmp_path / "cpu", "--max-train-steps", "4")
     losses = [e["loss"] for e in read_run(tmp_path / "cpu")]
-    assert [e["loss"] for e in whole] == pytest.approx(losses, rel=5e-2)  # the targets are encoded in bf16
+    assert [e["loss"] for e in whole] == pytest.approx(losses, rel=5e-2)  # in bf16 targets and prompts are encoded so
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
@@ -157,7 +157,7 @@ def test_too_little_memory_is_one_line(card, tmp_path, monkeypatch, capsys):
 FITS = [
     (24, 11.6, ["--train-batch-size", "4", "--validation-steps", "1"]),
     (12, 9.2, ["--train-batch-size", "4", "--gradient-checkpointing", "--validation-steps", "1"]),
-    (24, 15.5, ["--train-batch-size", "4", "--gradient-checkpointing", "--unlock-decoder", "--validation-steps", "0"]),
+    (24, 16.3, ["--train-batch-size", "4", "--gradient-checkpointing", "--unlock-decoder", "--validation-steps", "0"]),
 ]
 
 

@@ -73,7 +73,7 @@ MISTAKES = {
     "train --resume-from-checkpoint latest": "has no checkpoint.* leave --resume-from-checkpoint out",
     "train --output-dir {}/run": "run holds a run already.*--resume-from-checkpoint latest",
     "train --output-dir {}/a_file/out": "a_file/out.* choose another --output-dir",
-    f"train --output-dir {LONG}": "too long; correct the path",
+    f"train --output-dir {LONG}": "too long.* choose another --output-dir",
     "train --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "train --base {}/cut.safetensors": "cut.safetensors is damaged.* fetch it again",
     "train --base NANO --data {}/nowhere": "nowhere/prompt.json: no such file.*metadata.jsonl",

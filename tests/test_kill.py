@@ -7,24 +7,45 @@ import sys
 import time
 from collections import Counter
 
-from standin import ROOT, SAMPLE, read_run, same_tensors
+from standin import ROOT, read_run, run_main, same_tensors
 
-KILLS = int(os.environ.get("KILLS", "5"))
-# train.py, but it stops for a while where a kill could do harm, and says so: with half a weight file written, with a
-# checkpoint half removed, with one of the later checkpoints set aside, before and after the log is trimmed.
-SLOW = """
-import shutil, sys, time
+import train
+
+KINDS = ["encoding", "writing", "removing", "going back", "resuming", "any"]
+KILLS = int(os.environ.get("KILLS", len(KINDS)))
+# train.py, but it says when a kill could do harm, and waits there for the one that is meant for it: with half of a
+# target's record or of a weight file written, with a checkpoint half removed because there are too many or because
+# the run goes back to an earlier one, before and after the log is trimmed.
+SLOW = f"""
+import os, shutil, sys, time
 from pathlib import Path
-sys.path.insert(0, {root!r})
-import support.files, support.log, train
+sys.path.insert(0, {str(ROOT)!r})
+import support.batches, support.checkpoints, support.files, support.log, train
 from support.errors import run_command_line
 
-def pause(moment):
-    with open({moments!r}, "a") as file:
-        file.write(moment + "\\n")
-    time.sleep(0.2)
+wanted, skipped = os.environ["WANTED"], int(os.environ["SKIPPED"])
+going_back = False
 
-save_file, rmtree, rename, trim_log = support.files.save_file, shutil.rmtree, Path.rename, support.log.trim_log
+def pause(moment):
+    global skipped
+    if moment == wanted:
+        skipped -= 1
+    if "any" == wanted or skipped < 0:
+        Path(os.environ["REACHED"]).touch()
+    if skipped < 0:
+        time.sleep(600)
+
+keep, save_file, rmtree = support.batches.EncodedPairs.keep, support.files.save_file, shutil.rmtree
+forget_later, write_log = support.checkpoints.forget_later, support.log.write_log
+
+def keep_slowly(pairs, index, moments):
+    before = pairs.path.read_bytes()
+    row = keep(pairs, index, moments)
+    after, middle = pairs.path.read_bytes(), (index + 1) * pairs.record_size - pairs.record_size // 2
+    pairs.path.write_bytes((after[:middle] + before[middle:].ljust(len(after) - middle, b"x")))
+    pause("encoding")
+    pairs.path.write_bytes(after)
+    return row
 
 def save_slowly(tensors, path, metadata):
     save_file(tensors, path, metadata)
@@ -34,72 +55,65 @@ def save_slowly(tensors, path, metadata):
     path.write_bytes(content)
 
 def remove_slowly(path, **options):
-    if Path(path).name.startswith("step-"):
+    if "step-" in Path(path).name:
         (Path(path) / "config.json").unlink(missing_ok=True)
-        pause("removing")
+        pause("going back" if going_back else "removing")
     rmtree(path, **options)
 
-def rename_slowly(path, target):
-    rename(path, target)
-    pause("going back")
+def forget_slowly(*arguments):
+    global going_back
+    going_back = True
+    forget_later(*arguments)
+    going_back = False
 
 def trim_slowly(*arguments):
     pause("resuming")
-    kept = trim_log(*arguments)
+    write_log(*arguments)
     pause("resuming")
-    return kept
 
-support.files.save_file, shutil.rmtree, Path.rename = save_slowly, remove_slowly, rename_slowly
-support.log.trim_log = trim_slowly
+support.batches.EncodedPairs.keep, support.files.save_file, shutil.rmtree = keep_slowly, save_slowly, remove_slowly
+support.checkpoints.forget_later, support.log.write_log = forget_slowly, trim_slowly
 run_command_line(train.main)
 """
 
 
-def test_killed_again_and_again(tmp_path):
+def test_killed_again_and_again(quick, tmp_path, monkeypatch):
     """Killed at random and at the worst moments, a run that is resumed each time, now and then from an earlier step,
-    ends with the weights and the log of one that was left alone."""
-    steps, folder, moments = 6 * KILLS, tmp_path / "killed", tmp_path / "moments"
-    options = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "1", "--checkpoints-total-limit", "3"]
-    options += [
-        "--num-workers",
-        "1",
-        "--validation-steps",
-        "0",
-        "--checkpointing-steps",
-        "2",
-        "--max-train-steps",
-        steps,
-    ]
-    program = [sys.executable, "-c", SLOW.format(root=str(ROOT), moments=str(moments)), *map(str, options)]
-    program += ["--output-dir", str(folder)]
-    rng, killed, kinds = random.Random(0), Counter(), ["writing", "removing", "going back", "resuming", "any"]
+    ends with the weights, the log and the encoded targets of one that was left alone."""
+    steps, folder, reached = 6 * KILLS, tmp_path / "killed", tmp_path / "reached"
+    options = [*quick, "--data", "drawn", "--train-batch-size", "1", "--num-workers", "1", "--max-train-steps", steps]
+    options += ["--checkpointing-steps", "2", "--checkpoints-total-limit", "3"]
+    rng, killed = random.Random(0), Counter()
     while True:
-        wanted = kinds[killed.total() % len(kinds)] if killed.total() < KILLS else None
+        wanted = KINDS[killed.total() % len(KINDS)] if killed.total() < KILLS else "none"
         resume = ["--resume-from-checkpoint", "latest"] if (folder / "config.json").exists() else []
         complete = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda path: path.stat().st_mtime_ns)
-        if wanted == "going back" and len(complete) > 1:
-            resume[1:] = [str(complete[0].parent)]
-        moments.write_text("")
+        if wanted == "going back":
+            resume[1:] = [complete[0].parent]
+        reached.unlink(missing_ok=True)
+        skipped = rng.randrange(2) if wanted in ("encoding", "writing", "resuming") else 0
+        settings = os.environ | {"WANTED": wanted, "SKIPPED": str(skipped), "REACHED": str(reached)}
+        command = [sys.executable, "-c", SLOW, *options, "--output-dir", folder, *resume]
         with open(tmp_path / "output", "w") as output:
-            process = subprocess.Popen([*program, *resume], stdout=output, stderr=output)
-            while wanted not in moments.read_text().split("\n") and process.poll() is None:
+            process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=settings)
+            while process.poll() is None:
                 time.sleep(0.01)
-                if wanted == "any" and moments.read_text():
-                    time.sleep(rng.uniform(0, 1.5))
-                    break
-            if wanted:
-                process.kill()
-        if process.wait() != -9:
+                if reached.exists():
+                    time.sleep(rng.uniform(0, 1) if wanted == "any" else 0)
+                    process.kill()
+                    process.wait()
+        if process.returncode != -9:
             assert process.returncode == 0, (tmp_path / "output").read_text()
             break
         killed[wanted] += 1
     print(dict(killed))
-    assert killed.total() == KILLS and set(killed) == set(kinds)
+    assert killed.total() == KILLS and set(killed) == set(KINDS[:KILLS])
 
-    whole = [sys.executable, ROOT / "train.py", *options, "--output-dir", tmp_path / "whole"]
-    subprocess.run(list(map(str, whole)), check=True, capture_output=True)
+    run_main(monkeypatch, train, *options, "--output-dir", tmp_path / "whole")
     assert read_run(folder) == read_run(tmp_path / "whole")
-    assert same_tensors(*(tmp_path / name / "controlnet.safetensors" for name in ("killed", "whole")))
+    for file in ("controlnet.safetensors", f"checkpoints/step-{steps}/state.safetensors"):
+        assert same_tensors(folder / file, tmp_path / "whole" / file)
+    assert (folder / "cache" / "moments").read_bytes() == (tmp_path / "whole" / "cache" / "moments").read_bytes()
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     assert left == {f"step-{steps - 4}", f"step-{steps - 2}", f"step-{steps}"}
     assert not list(folder.rglob(".*"))

@@ -27,7 +27,7 @@ from diffusion import NoiseSchedule
 from formats.sizes import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
-from support.checkpoints import load_optimizer_tensors, optimizer_tensors
+from support.checkpoints import load_state, state_tensors
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from support.pictures import save_picture, to_picture
@@ -122,14 +122,11 @@ def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -
     if path.exists():
         tensors, metadata = read_tensors(path)
         start = int(metadata["step"])
-        average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
-        module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
-        load_optimizer_tensors(optimizer, tensors)
+        load_state(tensors, {"average": average, "module": module}, optimizer)
         print(f"{stage}: going on at step {start}")
 
     def save(step: int) -> None:
-        tensors = {f"average.{k}": v for k, v in average.state_dict().items()}
-        tensors |= {f"module.{k}": v for k, v in module.state_dict().items()} | optimizer_tensors(optimizer)
+        tensors = state_tensors({"average": average, "module": module}, optimizer)
         save_tensors({k: v.clone() for k, v in tensors.items()}, path, {"step": str(step)})
 
     began = time.monotonic()
