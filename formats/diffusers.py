@@ -175,6 +175,8 @@ def weights_in(folder: Path) -> Path:
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
     if any(folder.glob("*index*.json")):
         raise UserError(f"{folder}: its weights are split over several files: save them as one, {FILE}")
+    if (folder / "controlnet").is_dir():
+        raise UserError(f"{folder} is a checkpoint of diffusers: pass {folder / 'controlnet'}")
     others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or f"the one with {FILE}"
     raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
 

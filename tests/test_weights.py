@@ -163,6 +163,8 @@ def test_a_folder_and_a_file_in_it_have_its_settings(controlnet, unet, tmp_path)
     assert same_state(load_controlnet(other, unet), controlnet)
     assert "a network's own folder: canny.safetensors" in refusal(load_controlnet, tmp_path, unet)
     config.unlink()
+    (tmp_path / "controlnet").mkdir()
+    assert f"pass {tmp_path / 'controlnet'}" in refusal(load_controlnet, tmp_path, unet)  # of diffusers' trainer
     other.rename(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
     assert same_state(load_controlnet(tmp_path, unet), controlnet)
 
