@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from sample import generate, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.errors import UserError
 from support.files import read_json
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_checkpoints, plot_logs

@@ -3,7 +3,7 @@
 from copy import copy
 from pathlib import Path
 
-from support.errors import run_command_line
+from support.command import run_command_line
 
 import numpy as np
 import torch

@@ -5,7 +5,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from support import options
 from support.checkpoints import find_snapshots
 from support.detect import add_options, detector
 from support.devices import choose_device, sampling_precision
+from support.errors import UserError
 from support.log import read_log
 from support.pictures import fit_image, to_picture
 from support.threads import as_it_happens

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from support.errors import UserError, run_command_line, warn_if_cut
+from support.command import run_command_line
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from stable_diffusion import StableDiffusion
 from support import options
 from support.detect import add_options, detector
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.errors import UserError, warn_if_cut
 from support.files import make_folder
 from support.hub import locate
 from support.pictures import fit_image, open_image, save_samples

@@ -10,7 +10,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.batches import EncodedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
+from support.errors import UserError
 from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run

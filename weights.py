@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from support.errors import UserError
-
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from formats.networks import pick, read_controlnet
 from formats.sizes import HIDDEN, hint_channels
 from formats.wrong_files import warn_of_pooling
 from support.checkpoints import read_decoder
+from support.errors import UserError
 from support.files import read_tensors, save_tensors
 from unet import UNet
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from support.errors import UserError
-
 import torch
 from torch import nn
 
@@ -18,6 +16,7 @@ from controlnet import ControlNet
 from diffusion import NoiseSchedule
 from formats.layouts import Layout, Part
 from names import CLIP, TRANSFORMER, Rules, nest
+from support.errors import UserError
 from support.files import read_json, save_json, save_tensors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL

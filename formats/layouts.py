@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from support.errors import UserError
-
 import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel
 from names import CONTROLNET, TABLES, Rules, translate
+from support.errors import UserError
 
 LARGEST = 2**20  # of a tensor's sides that are taken for a network's sizes
 

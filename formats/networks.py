@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from support.errors import UserError, reading
-
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel, Tokenizer
@@ -16,6 +14,7 @@ from formats.layouts import BARE, OFFICIAL, OWN, SHORT_TEXT, Part
 from formats.sizes import sizes_in_metadata
 from formats.wrong_files import likely_cause
 from support.checkpoints import STATE, is_checkpoint, read_trained
+from support.errors import UserError, reading
 from support.files import read_json, read_tensors
 from support.hub import fetch
 from vae import AutoencoderKL

@@ -7,13 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from support.errors import UserError
-
 from torch import nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel
 from controlnet import ControlNet
 from formats.layouts import LARGEST, Part
+from support.errors import UserError
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 

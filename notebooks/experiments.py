@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support.errors import run_command_line
+from support.command import run_command_line
 
 import scores
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from support.errors import writing
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from support.errors import writing
 from support.randomness import index_batches
 from support.run import Run, ignore_terminal
 

@@ -6,11 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-from support.errors import UserError, reading, writing
-
 import torch
 from torch import Tensor, nn
 
+from support.errors import UserError, reading, writing
 from support.files import PARTIAL, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"

@@ -3,12 +3,11 @@
 from argparse import ArgumentParser
 from collections.abc import Callable
 
-from support.errors import UserError
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from support.errors import UserError
 from support.options import count_or_zero
 
 KINDS = ("none", "canny", "scribble")

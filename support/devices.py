@@ -5,10 +5,10 @@ import ctypes
 import os
 import sys
 
-from support.errors import UserError, warn
-
 import torch
 from torch import nn
+
+from support.errors import UserError, warn
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

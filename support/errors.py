@@ -1,4 +1,4 @@
-"""How a command line ends when the user made a mistake: one line on stderr, exit status 2, no traceback.
+"""The mistakes that a user can put right, each told in one line: what, where, what to do.
 
 Whatever reads, writes or checks raises UserError where it notices; the docstrings elsewhere do not repeat it.
 """
@@ -6,12 +6,10 @@ Whatever reads, writes or checks raises UserError where it notices; the docstrin
 import contextlib
 import errno
 import functools
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -74,52 +72,6 @@ def writing(path: str | Path, elsewhere: str = "another folder") -> Iterator[Non
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't write {path} ({reason}): make room or choose {elsewhere}") from None
-
-
-class Output:
-    """A stream of text that stops nothing: its reader may go away, its encoding may lack a character."""
-
-    def __init__(self, stream: TextIO | None):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: it is closed
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # `| head` has seen enough, the terminal was closed, the disk is full
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
-def run_command_line(main: Callable[[], None], less_memory: str = "closing other programs") -> None:
-    """Call `main`; what the user or the machine is to blame for becomes one line on stderr, and exit status 2.
-
-    `less_memory` names the options that need less.
-    """
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    try:
-        main()
-    except UserError as error:
-        # From a loader's worker process it comes inside a traceback.
-        end_with(*error.args[1:], str(error).split("UserError: ")[-1])
-    except (OSError, MemoryError, RuntimeError) as error:
-        if line := known_cause(error, less_memory) or (explain(error) if isinstance(error, OSError) else None):
-            end_with(line)
-        raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def end_with(*lines: str) -> None:
-    for line in lines:
-        tqdm.write(f"error: {' '.join(line.split())}", file=sys.stderr)  # on a line of its own, below no progress bar
-    sys.exit(2)
 
 
 @functools.cache

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from uuid import uuid4
 
-from support.errors import UserError, reading, writing
-
 import torch
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from support.errors import UserError, reading, writing
 
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 NO_WEIGHTS = {  # how a file begins -> what it is, and what to do

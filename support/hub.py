@@ -8,10 +8,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.errors import UserError, reading, writing
-
 from tqdm import tqdm
 
+from support.errors import UserError, reading, writing
 from support.files import WEIGHT_FILES, locked
 
 

@@ -6,12 +6,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.errors import UserError, warn_if_cut
-
 from tqdm import tqdm
 
 from support.batches import EncodedPairs
 from support.devices import describe, usable_cpus
+from support.errors import UserError, warn_if_cut
 from support.files import locked, read_json, save_json
 from support.listing import refuse_broken
 from support.run import Run

@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from support.errors import UserError, reading
-
 from PIL import Image
 
+from support.errors import UserError, reading
 from support.pictures import MOST_OBLONG, is_picture, open_image
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images.

@@ -5,11 +5,10 @@ import json
 import time
 from pathlib import Path
 
-from support.errors import writing
-
 import numpy as np
 from PIL import Image
 
+from support.errors import writing
 from support.files import write_atomically
 
 

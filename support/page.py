@@ -10,8 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from support.errors import UserError, known_cause, reading
-
 import gradio as gr
 from matplotlib.figure import Figure
 from PIL import Image
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from support.colours import COLOURS
 from support.devices import small
+from support.errors import UserError, known_cause, reading
 from support.pictures import fit_image, open_image, to_picture
 from support.plot import curve
 

@@ -8,13 +8,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.errors import UserError, reading, warn
-
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from support.errors import UserError, reading, warn
 from support.files import write_atomically
 
 MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels

@@ -4,14 +4,13 @@ import json
 import os
 from pathlib import Path
 
-from support.errors import UserError, reading
-
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from support.detect import add_options, detector
+from support.errors import UserError, reading
 from support.files import PARTIAL, clear, read_json, save_json, sha256, write_atomically
 from support.listing import IMAGE_FOLDER, collect, find_listing, read_caption, read_entries
 from support.options import ArgumentParser, side

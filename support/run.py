@@ -9,8 +9,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import UserError, writing
-
 import torch
 from filelock import Timeout
 from torch import Tensor, distributed, nn
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from support import checkpoints, options
 from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
+from support.errors import UserError, writing
 from support.files import PARTIAL, clear, locked, save_json
 from support.log import Log, write_log
 

@@ -1,8 +1,6 @@
 import shutil
 from pathlib import Path
 
-from support.errors import warn
-
 import pytest
 import torch
 from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
@@ -11,6 +9,7 @@ from clip_text import Tokenizer
 from formats.diffusers import BETAS, LAYOUTS
 from formats.sizes import config_metadata
 from stable_diffusion import TINY_FILE, StableDiffusion
+from support.errors import warn
 from support.files import save_tensors
 from tools.versus_diffusers import base_models
 from weights import official_state_dict

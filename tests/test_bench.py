@@ -3,8 +3,6 @@
 from argparse import Namespace
 from functools import partial
 
-from support.errors import UserError
-
 import diffusers
 import pytest
 import torch
@@ -15,6 +13,7 @@ from diffusion import NoiseSchedule
 from formats.diffusers import LAYOUTS
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.devices import PRECISIONS
+from support.errors import UserError
 from tools import bench, versus_diffusers
 from weights import save_controlnet
 

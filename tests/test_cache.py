@@ -5,8 +5,6 @@ import random
 import shutil
 from types import SimpleNamespace
 
-from support.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +16,7 @@ import train
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
 from support.batches import Batch, EncodedPairs
+from support.errors import UserError
 from support.inputs import look_at
 
 

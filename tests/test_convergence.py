@@ -2,8 +2,6 @@
 
 import shutil
 
-from support.errors import UserError
-
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +14,7 @@ from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, growth_step, hint_response, jump_step, measure, milestones, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
 from stable_diffusion import TINY, StableDiffusion
+from support.errors import UserError
 from support.log import write_log
 from support.verdict import BANDS, HINTS, Measurement, strongest_band, verdict
 from tools import plot

@@ -1,6 +1,6 @@
 """On a GPU: the CPU's numbers, both half precisions, resuming, and memory as the docs state it. Skipped without one."""
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from support.devices import (
     place_for_sampling,
     sampling_precision,
 )
+from support.errors import UserError
 from support.files import read_tensors
 from support.norms import GroupNorm, LayerNorm
 from support.pictures import read_strip

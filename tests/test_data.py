@@ -4,8 +4,6 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from support.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from standin import SAMPLE
 from data import DRAWN_HELD_OUT, DRAWN_PAIRS, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
+from support.errors import UserError
 from support.hub import fetch_folder
 from support.pictures import fit_image
 

@@ -3,8 +3,6 @@
 import json
 import sys
 
-from support.errors import UserError
-
 import cv2
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import sample
 from controlnet import ControlNet
 from stable_diffusion import StableDiffusion
 from support.detect import detector
+from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip
 from weights import save_controlnet
 

@@ -3,14 +3,13 @@
 import json
 import shutil
 
-from support.errors import UserError
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from standin import NANO, deviation, same_state
 
 from stable_diffusion import StableDiffusion
+from support.errors import UserError
 from weights import load_controlnet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

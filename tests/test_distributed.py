@@ -52,7 +52,7 @@ BROKEN = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import support.files, train
-from support.errors import run_command_line
+from support.command import run_command_line
 mse_loss, save_file, losses = train.F.mse_loss, support.files.save_file, []
 
 def broken(*arguments):

@@ -9,8 +9,6 @@ import sys
 import time
 import urllib.request
 
-from support.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,7 @@ from data import draw_fill50k
 from metrics import circle_iou
 from stable_diffusion import StableDiffusion
 from support.checkpoints import find_snapshots
+from support.errors import UserError
 from support.pictures import fit_image, open_image, to_picture
 from support.threads import as_it_happens
 from tools.capture_page import BROWSER, address_of, draw_ring, go_to, served, settled

@@ -16,7 +16,8 @@ import stat
 import subprocess
 import sys
 
-from support.errors import UserError, reading, run_command_line, warn
+import support.command
+from support.command import run_command_line
 
 import huggingface_hub
 import numpy as np
@@ -25,12 +26,12 @@ import torch
 from PIL import Image
 from standin import ROOT, SAMPLE, HostilePickle
 
-import support
 from controlnet import ControlNet
 from data import PairedImages
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import usable_cpus
+from support.errors import UserError, reading, warn
 from support.files import read_json, read_tensors, save_json
 from support.hub import locate
 from support.pictures import fit_image, open_image
@@ -161,7 +162,7 @@ def test_through_the_shell(place, nano, tmp_path):
 def test_nobody_reads_the_output(ending, tmp_path):
     """Or a terminal that knows ASCII alone does: the work goes on."""
     (tmp_path / "work.py").write_text(
-        "import sys; from tqdm import tqdm; from support.errors import run_command_line\n"
+        "import sys; from tqdm import tqdm; from support.command import run_command_line\n"
         "run_command_line(lambda: [print('β', i) for i in tqdm(range(9999))] and open('done', 'w'))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
@@ -378,13 +379,13 @@ def test_cores(monkeypatch):
 
 
 def test_waiting_threads_do_not_spin_for_long(monkeypatch):
-    """Unless the user has chosen; and support/ is what each command imports first, before torch loads OpenMP."""
+    """Unless the user has chosen; and each command imports this first, before torch loads OpenMP."""
     for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)):
         for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        importlib.reload(support)
+        importlib.reload(support.command)
         assert os.environ.get("GOMP_SPINCOUNT") == expected
     commands = [
         path for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if "run_command_line" in path.read_text()
@@ -393,4 +394,4 @@ def test_waiting_threads_do_not_spin_for_long(monkeypatch):
     for path in commands:
         nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = [getattr(node, "module", None) or node.names[0].name for node in nodes]
-        assert next(name for name in modules if name.split(".")[0] not in sys.stdlib_module_names) == "support.errors"
+        assert next(name for name in modules if name.split(".")[0] not in sys.stdlib_module_names) == "support.command"

@@ -21,7 +21,7 @@ import os, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import support.batches, support.checkpoints, support.files, support.log, train
-from support.errors import run_command_line
+from support.command import run_command_line
 
 wanted, skipped = os.environ["WANTED"], int(os.environ["SKIPPED"])
 going_back = False

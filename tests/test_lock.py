@@ -6,11 +6,10 @@ import subprocess
 import sys
 import time
 
-from support.errors import UserError
-
 import pytest
 from standin import ROOT, read_run
 
+from support.errors import UserError
 from support.run import owned
 
 STARTS = int(os.environ.get("STARTS", "1"))

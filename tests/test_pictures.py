@@ -3,13 +3,12 @@
 import os
 import struct
 
-from support.errors import UserError
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
+from support.errors import UserError
 from support.pictures import (
     MARGIN,
     contact_sheet,

@@ -4,8 +4,6 @@ import json
 import shutil
 import sys
 
-from support.errors import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from standin import SAMPLE
 from data import PairedImages
 from support import pictures_to_pairs
 from support.detect import detector
+from support.errors import UserError
 from support.pictures import MARGIN, fit_image, open_image
 
 CAPTIONS = {"a.png": "a disc, coral", "b.jpg": "another disc", "more/a.png": "a third: é"}

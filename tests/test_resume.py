@@ -11,8 +11,6 @@ from importlib import import_module
 from itertools import count
 from operator import attrgetter
 
-from support.errors import UserError
-
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +21,7 @@ import support.files
 import train
 from stable_diffusion import StableDiffusion
 from support.checkpoints import load_checkpoint, save_checkpoint
+from support.errors import UserError
 from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
 
@@ -93,7 +92,7 @@ def wait_for_steps(process, folder, steps):
 def test_interrupt_saves_and_goes_on(method, quick, trained, tmp_path):
     """Ctrl-C reaches the processes that load pictures too, however they were started: they leave it to the main one."""
     program = f"import multiprocessing; multiprocessing.set_start_method({method!r}); import train; "
-    program += "from support.errors import run_command_line; run_command_line(train.main)"
+    program += "from support.command import run_command_line; run_command_line(train.main)"
     options = [*quick, "--num-workers", "1", "--output-dir", tmp_path / "run", "--max-train-steps", "100000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = start(["-c", program], *options, **pipes)

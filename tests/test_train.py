@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from data import DrawnImages, PairedImages
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, StableDiffusion
 from support.devices import fast_precision, warn_if_slow
+from support.errors import UserError
 from support.files import read_tensors
 from support.randomness import generator_for, index_batches
 from unet import UNet

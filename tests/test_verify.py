@@ -2,14 +2,13 @@
 
 import json
 
-from support.errors import UserError
-
 import pytest
 import torch
 from standin import CONFIGS, run_main
 
 from controlnet import ControlNet
 from stable_diffusion import StableDiffusion
+from support.errors import UserError
 from tools import verify
 from unet import UNet
 from weights import load_controlnet, save_controlnet

@@ -4,8 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 
-from support.errors import UserError
-
 import huggingface_hub
 import pytest
 import torch
@@ -20,6 +18,7 @@ from formats.networks import LAYOUTS, pick, read_tokenizer
 from formats.sizes import base_sizes, sizes_in_metadata
 from names import pattern
 from stable_diffusion import SD15_REPO, StableDiffusion
+from support.errors import UserError
 from support.files import read_tensors, save_tensors
 from support.hub import locate
 from tools import convert

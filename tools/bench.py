@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from sample import generate
 from stable_diffusion import SD15, TINY, StableDiffusion
 from support import options
 from support.devices import PRECISIONS, choose_device, place, place_for_sampling
+from support.errors import UserError
 from tools import versus_diffusers as theirs
 from tools.versus_diffusers import GUIDANCE_SCALE, SAMPLING_STEPS, Work
 from vae import sample_latent

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 from PIL import Image
 
 from support.checkpoints import find_snapshots
+from support.errors import UserError
 from support.files import write_atomically
 from support.options import ArgumentParser
 from support.pictures import save_animation

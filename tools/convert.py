@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import torch
 
 from formats.networks import read_controlnet, refuse_own
 from formats.sizes import unet_config
 from names import TABLES
+from support.errors import UserError
 from support.files import read_tensors
 from support.options import ArgumentParser
 from unet import UNet

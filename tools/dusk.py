@@ -6,7 +6,7 @@ put on both: docs/dusk.png, docs/logs/dusk.json. Empty runs/dusk when the first 
 
 from pathlib import Path
 
-from support.errors import run_command_line
+from support.command import run_command_line
 
 import torch
 from torch import Tensor

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 from convergence import plot_convergence
+from support.errors import UserError
 from support.log import read_log
 from support.options import ArgumentParser, png
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from formats.sizes import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_state, state_tensors
+from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from support.pictures import save_picture, to_picture

@@ -12,7 +12,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from support.errors import UserError, run_command_line
+from support.command import run_command_line
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from formats.sizes import hint_channels
 from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options
+from support.errors import UserError
 from support.files import save_json
 from support.hub import locate
 from support.pictures import fit_image
