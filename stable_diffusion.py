@@ -95,8 +95,8 @@ class StableDiffusion(nn.Module):
 
     @property
     def preset(self) -> Preset:
-        """The defaults for training and sampling that fit this base."""
-        return TINY if self.unet.config == TINY.unet else SD15
+        """The defaults for training and sampling that fit this base: the miniature's for any below 320 channels."""
+        return TINY if self.unet.config.model_channels < SD15.unet.model_channels else SD15
 
     @property
     def device(self) -> torch.device:

@@ -2,14 +2,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from standin import CONFIGS, make_up_merges, stand_in
+from standin import CONFIGS, NANO, make_up_merges, stand_in
 
-from stable_diffusion import StableDiffusion
+from clip_text import Tokenizer
+from stable_diffusion import TINY_FILE, StableDiffusion
 from support.diffusers_format import BETAS
 from support.files import save_tensors
 from support.sizes import config_metadata
 from tools.versus_diffusers import base_models
-from weights import DIFFUSERS
+from weights import DIFFUSERS, official_state_dict
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "betas": (1000,),
@@ -55,6 +56,29 @@ def checkpoint(scratch):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def nano(scratch):
+    """The path of a complete Stable Diffusion of 125,000 weights, random but sane, which trains a step in some 50 ms.
+
+    `--base FILE --resolution 64 --train-batch-size 2`, for example; its other defaults and its merges are the
+    miniature's.
+    """
+    import torch
+
+    path = scratch / "nano" / "nano.safetensors"
+    path.parent.mkdir()
+    merges = shutil.copy(TINY_FILE.parent / "merges.txt", path.parent)
+    unet, vae, text = NANO
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sd = StableDiffusion(Tokenizer.from_merges(merges), text, vae, unet, latent_scale=1.0)
+    tensors = {}
+    for network in (sd.unet, sd.vae, sd.text_encoder):
+        tensors |= official_state_dict(network)
+    save_tensors(tensors, path, config_metadata(sd))
+    return path
 
 
 @pytest.fixture(scope="session")

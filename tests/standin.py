@@ -32,6 +32,11 @@ CONFIGS = {
     ),
     "sd15": (SD15.unet, SD15.vae, SD15.text),
 }
+NANO = (  # the fixture `nano`
+    UNetConfig(model_channels=8, channel_mult=(1, 1, 1, 1), num_heads=1, context_dim=16, norm_groups=4),
+    VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), norm_groups=4),
+    CLIPTextConfig(vocab_size=866, width=16, mlp_width=32, num_layers=1, num_heads=1),
+)
 
 
 def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:
