@@ -1,5 +1,6 @@
 """Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
 
+import io
 import json
 import math
 import stat
@@ -105,16 +106,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
 MOST_OBLONG = 16  # times as long as wide
 
 
-def open_image(path: Path, most_pixels: float = math.inf) -> Image.Image:
-    """A picture, decoded whole and turned as its EXIF says.
+def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = None) -> Image.Image:
+    """A picture, decoded whole and turned as its EXIF says; `data` is its content where `path` is but a name.
 
     Raises UserError for what is no picture of use, or has more than `most_pixels`.
     """
     with reading(path, "picture", "save it again as PNG or JPEG"):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        if data is None and not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise UserError(f"{path} is no regular file: pass a picture")
         try:
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise UserError(f"{path}: {error} Make it smaller") from None
         with image:
