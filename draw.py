@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +17,7 @@ from support.devices import choose_device, sampling_precision
 from support.errors import UserError, run_command_line
 from support.loading import brings_decoder, load_to_sample, locate_controlnet
 from support.log import read_log
-from support.page import Page
+from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
 from weights import load_controlnet
 
@@ -52,11 +51,7 @@ class Painter:
         self, show: Callable[[dict], None], picture: Image.Image, drawn: bool, invert: bool, prompt: str,
         strength: float, mode: str, **settings,
     ) -> Iterator[dict]:  # fmt: skip
-        """What the page shows, as it comes: the hint, the base's own picture, and each snapshot's, the last one first.
-
-        `distance` is the root mean square of what the hint changed, in shares of the brightness. What DDIM predicts at
-        each step is shown too, for the last snapshot.
-        """
+        """What the page shows: hint, base's own picture, each snapshot's; of the last one DDIM's predictions too."""
         hint, steps, distances = self.hint(picture, drawn, invert), list(self.paths), {}
         if not hint.any():
             raise UserError("the hint is empty: draw a line in the black square, or choose a picture with lines")
@@ -64,24 +59,14 @@ class Painter:
         if cut := self.sd.tokenizer.cut(prompt):
             notes.append(f"the prompt is too long and is cut from: {cut}")
         yield {"hint": to_picture(hint * 2 - 1), "notes": notes}
-        alone = self.alone(tuple(hint.shape[1:]), prompt, **settings)
-        yield {"alone": to_picture(alone)}
+        yield {"alone": to_picture(alone := self.alone(tuple(hint.shape[1:]), prompt, **settings))}
         settings |= {"strengths": [strength], "control_mode": mode}
         settings["watch"] = lambda images: show({"predicted": to_picture(images[0])})
         while (step := next_snapshot(steps, distances)) is not None:
             image = generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0]
-            distances[step], settings["watch"] = (image - alone).square().mean().sqrt().item() / 2, None
+            distances[step] = (image - alone).square().mean().sqrt().item() / 2  # in shares of the brightness
+            settings["watch"] = None
             yield {"step": step, "picture": to_picture(image), "distance": distances[step]}
-
-
-def next_snapshot(steps: list[int], distances: dict[int, float]) -> int | None:
-    """Which snapshot to paint next, or None: the last, the first, then always one in the middle of the gap across
-    which the distance changes most, which closes in on the jump."""
-    painted = [i for i, step in enumerate(steps) if step in distances]
-    if not painted or painted[0] > 0:
-        return steps[0] if painted else steps[-1]
-    changes = {(a, b): abs(distances[steps[b]] - distances[steps[a]]) for a, b in pairwise(painted) if b - a > 1}
-    return steps[sum(max(changes, key=changes.get)) // 2] if changes else None
 
 
 def parse_arguments():

@@ -14,7 +14,7 @@ python notebooks/amplitude.py
 python notebooks/fill50k.py
 python notebooks/drawing.py
 python -m tools.dusk
-python -m tools.capture_page --run runs/seed-0
+python tests/capture_page.py runs/seed-0 docs
 python train.py --output-dir runs/slow --snapshot-steps 0 --checkpointing-steps 20 --checkpoints-total-limit 100 \
     --max-train-steps 300 --train-batch-size 8 --learning-rate 1e-3 --cooldown 0
 python convergence.py --controlnet runs/slow --pairs 16 --output docs/listen.png

@@ -6,7 +6,7 @@ const add = (parent, tag, properties, style) => {
   Object.assign(element.style, style);
   return parent.appendChild(element);
 };
-const say = (text) => ($("status").textContent = text);
+const say = (text) => ($("status").textContent = text.trim());
 
 // The drawing: strokes of points, in shares of the side
 const canvas = $("canvas"), pen = canvas.getContext("2d");
@@ -39,27 +39,23 @@ function edit(drawing) {
 }
 
 const place = (event) => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight];
-const giveUp = () => {
-  draw(strokes.filter((other) => other !== stroke));
-  stroke = null;
-};
 canvas.onpointerdown = (event) => {
-  if (!event.isPrimary) return giveUp(); // the second finger of a pinch
+  if (!event.isPrimary) return canvas.onpointercancel(); // the second finger of a pinch
   if (event.button !== 0) return;
   canvas.setPointerCapture(event.pointerId);
   stroke = [place(event)];
-  const before = example ? [] : strokes;
+  draw(example ? [stroke] : [...strokes, stroke]);
   example = false;
-  draw([...before, stroke]);
 };
-canvas.onpointermove = (event) => {
-  if (stroke?.push(place(event))) draw(strokes);
-};
+canvas.onpointermove = (event) => stroke?.push(place(event)) && draw(strokes);
 canvas.onpointerup = () => {
-  if (stroke) changed();
+  if (stroke) edit(strokes);
   stroke = null;
 };
-canvas.onpointercancel = giveUp;
+canvas.onpointercancel = () => {
+  draw(strokes.filter((other) => other !== stroke));
+  stroke = null;
+};
 $("undo").onclick = () => edit(strokes.slice(0, -1));
 $("clear").onclick = () => edit([]);
 
@@ -72,10 +68,11 @@ function changed(pressed = false) {
   clearTimeout(waiting);
   stop();
   for (const result of document.querySelectorAll(".result")) result.classList.add("old");
-  const sent = form.tab.value === "picture", ready = sent ? upload : strokes.length;
-  if (ready && (facts.live || pressed)) waiting = setTimeout(ask, 150);
-  say(ready ? "Press Paint." : sent ? "There is no picture yet: choose one." : "Nothing is drawn: draw a line in the black square.");
-  if (facts.live && !pressed) say("");
+  const drawn = form.tab.value !== "picture";
+  const missing = drawn ? "Nothing is drawn: draw a line in the black square." : "There is no picture yet: choose one.";
+  if (drawn ? !strokes.length : !upload) return say(pressed ? missing : "");
+  say(facts.live || pressed ? "" : "Press Paint.");
+  if (facts.live || pressed) waiting = setTimeout(ask, 150);
 }
 
 async function ask() {
@@ -113,9 +110,10 @@ function show(event) {
   if (event.picture) {
     pictures.set(event.step, event);
     say(`Painted: ${pictures.size} of ${snapshots.length} snapshots. ${notes}`);
-    showTraining();
+    if (first < last) showTraining();
+    goTo(slider.value);
   }
-  if (event.done) say(`${verdict()} ${notes}`);
+  if (event.done) say(`${verdict} ${notes}`);
   if (event.error) say(event.error);
 }
 
@@ -126,14 +124,15 @@ const inOrder = (some) => some.sort((a, b) => a.step - b.step);
 const slots = snapshots.slice(0, 12).map(() => {
   const slot = add($("strip"), "button", { type: "button", disabled: true });
   slot.onclick = () => goTo(slot.value);
-  return [slot, add(slot, "img", { alt: "" }), add(slot, "span", { textContent: "…" })];
+  return [slot, add(slot, "img", { alt: "" }), add(slot, "span", { textContent: "step …" })];
 });
-let jump, playing; // jump: the snapshots before and after it
+let playing, verdict = "";
 
 function goTo(step) {
   slider.value = step;
   if (!pictures.size) return;
-  const away = (one) => Math.abs(one.step - step), shown = [...pictures.values()].reduce((a, b) => (away(b) < away(a) ? b : a));
+  const away = (one) => Math.abs(one.step - step);
+  const shown = [...pictures.values()].reduce((a, b) => (away(b) < away(a) ? b : a));
   put("sample", shown.picture, first === last ? "With the hint" : `With the hint, step ${shown.step}`);
   $("cursor").style.left = `${across(step)}%`;
   for (const [slot] of slots) slot.ariaCurrent = slot.value == shown.step;
@@ -142,24 +141,24 @@ function goTo(step) {
 function showTraining() {
   const painted = inOrder([...pictures.values()]), most = Math.max(0.05, ...painted.map((one) => one.distance));
   const after = painted.findIndex((one) => one.distance > painted.at(-1).distance / 2);
-  jump = after > 0 && painted.at(-1).distance > 0.05 ? [painted[after - 1].step, painted[after].step] : null;
+  const jump = after > 0 && painted.at(-1).distance > 0.05 && [painted[after - 1].step, painted[after].step];
+  verdict = jump
+    ? `Between steps ${jump[0]} and ${jump[1]} the picture turns to your drawing: the jump.`
+    : "No jump: the picture is the base’s own from first to last.";
   $("marks").replaceChildren();
-  for (const { step, distance } of painted) add($("marks"), "i", {}, { left: `${across(step)}%`, bottom: `${(80 * distance) / most}%` });
-  if (jump) add($("marks"), "b", { textContent: "the jump" }, { left: `${(across(jump[0]) + across(jump[1])) / 2}%` });
+  for (const { step, distance } of painted) {
+    add($("marks"), "i", {}, { left: `${across(step)}%`, bottom: `${(80 * distance) / most}%` });
+  }
+  if (jump) add($("marks"), "b", { textContent: "the jump" }, { left: `${across((jump[0] + jump[1]) / 2)}%` });
   const told = painted.map((one) => `${Math.round(100 * one.distance)} % at step ${one.step}`);
-  $("plot").ariaLabel = `How far your picture is from the base's: ${told.join(", ")}. ${verdict()}`;
+  $("plot").ariaLabel = `How far your picture is from the base's: ${told.join(", ")}. ${verdict}`;
   const dozen = inOrder([...pictures.values()].slice(0, slots.length));
   slots.forEach(([slot, image, caption], i) => {
+    const { step, picture } = dozen[i] ?? { step: "…", picture: "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>" };
     slot.disabled = !dozen[i];
-    [slot.value, image.src, caption.textContent] = dozen[i] ? [dozen[i].step, dozen[i].picture, `step ${dozen[i].step}`] : ["", "data:,", "…"];
+    [slot.value, image.src, caption.textContent] = [step, picture, `step ${step}`];
   });
   $("through").classList.remove("old");
-  goTo(slider.value);
-}
-
-function verdict() {
-  if (first === last) return "";
-  return jump ? `Between steps ${jump[0]} and ${jump[1]} the picture turns to your drawing: the jump.` : "No jump: the picture is the base’s from first to last.";
 }
 
 function stop() {
@@ -204,7 +203,8 @@ for (const [name, points] of Object.entries(facts.curves)) {
 
 form.oninput = ({ target: { name } }) => {
   if (["x", "y", "radius"].includes(name)) example = drawRing();
-  if (["disc", "background"].includes(name)) form.prompt.value = `${form.disc.value} circle with ${form.background.value} background`;
+  const { disc, background, prompt } = form;
+  if (["disc", "background"].includes(name)) prompt.value = `${disc.value} circle with ${background.value} background`;
   if (name) changed();
 };
 form.onsubmit = (event) => {
@@ -214,7 +214,7 @@ form.onsubmit = (event) => {
 $("file").onchange = ({ target: { files: [file] } }) => {
   upload = null;
   changed();
-  if (file?.size > facts.largest) return say(`${file.name} has more than ${facts.largest / 2 ** 20} MB: send a smaller one.`);
+  if (file?.size > facts.largest) return say(`${file.name} has more than 20 MB: send a smaller one.`);
   const reader = new FileReader();
   reader.onload = () => {
     upload = { picture: ($("sent").src = reader.result), name: file.name };

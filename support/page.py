@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
+from itertools import pairwise
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
@@ -32,7 +33,7 @@ NUMBERS = {  # name -> label, smallest, largest, step
     "guidance_scale": ("Guidance scale", 1, 15, 0.5),
     "steps": ("DDIM steps", 1, 50, 1),
 }
-FIRST = "coral red orange gold green teal aqua blue navy purple white black".split()  # of the colours
+FIRST = ("coral", "red", "orange", "gold", "green", "teal", "aqua", "blue", "navy", "purple", "white", "black")
 
 
 class Page(ThreadingTCPServer):
@@ -118,9 +119,9 @@ class Request(BaseHTTPRequestHandler):
             while event := self.server.painting.submit(self.server.next_event, events, self.connection).result():
                 self.send(event)
             self.send({"done": True})
-        except ConnectionError:
-            pass  # nobody waits any more
         except Exception as error:
+            if isinstance(error, ConnectionError) or self.server.ending:
+                return  # nobody waits any more
             sentence = str(error) if isinstance(error, UserError) else known_cause(error, "a lower --resolution")
             self.send({"error": sentence or "draw.py has a bug: its terminal says more"})
             if not sentence:
@@ -137,6 +138,18 @@ class Request(BaseHTTPRequestHandler):
         drawn, picture = asked["tab"] != "picture", open_image(Path(str(name)), LARGEST_PICTURE, data)
         hint = {"picture": picture, "drawn": drawn, "invert": "invert" in asked}
         return hint | {"prompt": prompt, "mode": mode} | numbers
+
+
+def next_snapshot(steps: list[int], distances: dict[int, float]) -> int | None:
+    """Which of a training's snapshots to paint next: None when all have their distance from the base's own picture.
+
+    The last, the first, then always one in the middle of the gap across which the distance changes most: the jump.
+    """
+    painted = [i for i, step in enumerate(steps) if step in distances]
+    if not painted or painted[0] > 0:
+        return steps[0] if painted else steps[-1]
+    changes = {(a, b): abs(distances[steps[b]] - distances[steps[a]]) for a, b in pairwise(painted) if b - a > 1}
+    return steps[sum(max(changes, key=changes.get)) // 2] if changes else None
 
 
 def curves(log: list[dict]) -> dict[str, list[tuple[float, float]]]:

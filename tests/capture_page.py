@@ -23,7 +23,9 @@ def served(run: Path, log=None, **variables: str) -> Iterator[tuple[str, subproc
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "draw.py", "--run", str(run.absolute()), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, stderr=log, text=True)
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, stderr=log, text=True
+    )
     try:
         next(line for line in server.stdout if "Ctrl-C ends it" in line)
         yield f"http://127.0.0.1:{port}", server
@@ -68,7 +70,9 @@ def main(run: Path, folder: Path) -> None:
         durations[-1] = 2000
         page.set_viewport_size({"width": 1280, "height": 1000})
         page.screenshot(path=folder / "draw.png", full_page=True)
-    frames[0].save(folder / "draw.webp", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80)
+    frames[0].save(
+        folder / "draw.webp", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80
+    )
 
 
 if __name__ == "__main__":

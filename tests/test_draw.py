@@ -1,20 +1,21 @@
 """The page: what it paints with, its server, and the page itself in a real browser, where there is one."""
 
 import base64
-import importlib.util
 import io
 import json
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
+from itertools import combinations
 
 import pytest
 import torch
 from capture_page import BROWSER, draw_ring, served
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import draw
 from controlnet import ControlNet
@@ -23,14 +24,14 @@ from metrics import circle_iou
 from stable_diffusion import StableDiffusion
 from support.checkpoints import find_snapshots
 from support.errors import UserError
-from support.page import NUMBERS, Page, read_number
-from support.pictures import fit_image, open_image, to_picture
+from support.page import NUMBERS, Page, next_snapshot
+from support.pictures import fit_image, open_image
 from weights import save_controlnet
 
-STEPS = range(0, 70, 10)
-JUMP = 30  # the snapshots from this step on are the trained ControlNet, those before it the untrained one
-SETTINGS = {"prompt": "coral circle with navy background", "strength": 1.0, "mode": "uniform"}
-NUMBERS_TYPED = {"seed": "0", "strength": "1", "guidance_scale": "4", "steps": "3"}
+STEPS = range(0, 50, 10)
+JUMP = 20  # the snapshots from this step on are the trained ControlNet, those before it the untrained one
+SETTINGS = {"prompt": "coral circle with navy background", "mode": "uniform"}
+QUICK = {"strength": 1.0, "seed": 0, "guidance_scale": 4.0, "steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,10 @@ def run(tmp_path_factory):
     untrained = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
     for step in STEPS:
         path = folder / "snapshots" / f"step-{step}.safetensors"
-        if step < JUMP:
-            save_controlnet(untrained, path, dtype=torch.float16)
-        else:
+        save_controlnet(untrained, path, dtype=torch.float16)
+        if step >= JUMP:
             shutil.copy(draw.SHIPPED, path)
-    entries = [{"step": step, "hint_sensitivity": 1e-6 * (step + 1), "followed": step / 60} for step in STEPS]
+    entries = [{"step": step, "hint_sensitivity": 1e-6 * (step + 1), "followed": step / 40} for step in STEPS]
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
 
@@ -62,15 +62,14 @@ def ring_picture(size: int = 128) -> Image.Image:
 
 def test_all_snapshots_are_painted_the_jump_first(painter):
     """The base's own picture; DDIM's predictions of the last snapshot alone; step 0 is the base's own, bit for bit."""
-    predicted, settings = [], SETTINGS | {"seed": 0, "guidance_scale": 4.0, "steps": 3}
-    events = list(painter.paint(predicted.append, ring_picture(), drawn=True, invert=False, **settings))
-    hint, alone, *snapshots = events
+    predicted = []
+    hint, alone, *snapshots = painter.paint(predicted.append, ring_picture(), True, False, **SETTINGS, **QUICK)
     assert torch.equal(fit_image(hint["hint"], 128), fit_image(ring_picture(), 128)) and not hint["notes"]
     assert len(predicted) == 3 and all(list(event) == ["predicted"] for event in predicted)
-    assert [event["step"] for event in snapshots] == [60, 0, 30, 10, 20, 40, 50]  # 10 or 20, 40 or 50: equal gaps
+    assert [event["step"] for event in snapshots] == [40, 0, 20, 10, 30]
     for event in snapshots:  # equation (3): before the first step the hint changes nothing
-        assert (event["picture"].tobytes() == alone["alone"].tobytes()) == (event["step"] < JUMP)
-        assert (event["distance"] > 0.05) == (event["step"] >= JUMP) and (event["distance"] == 0) == (event["step"] < JUMP)
+        same = event["picture"].tobytes() == alone["alone"].tobytes()
+        assert same == (event["distance"] == 0) == (event["distance"] < 0.05) == (event["step"] < JUMP)
 
 
 def test_half_of_the_strip_lies_around_the_jump():
@@ -78,12 +77,11 @@ def test_half_of_the_strip_lies_around_the_jump():
     distance = {step: 1 / (1 + 2.0 ** ((300 - step) / 15)) for step in steps}
     painted = {}
     while len(painted) < len(steps):
-        step = draw.next_snapshot(steps, painted)
+        step = next_snapshot(steps, painted)
         painted[step] = distance[step]
-    assert draw.next_snapshot(steps, painted) is None
-    strip = [painted[step] for step in list(painted)[:12]]
-    assert sum(0.1 <= value <= 0.9 for value in strip) >= 6 > sum(0.1 <= value <= 0.9 for value in distance.values()) / 2
-    assert draw.next_snapshot([5], {}) == 5 and draw.next_snapshot([5], {5: 0.1}) is None
+    assert next_snapshot(steps, painted) is None
+    assert sum(0.1 <= value <= 0.9 for value in [*painted.values()][:12]) >= 6
+    assert next_snapshot([5], {}) == 5 and next_snapshot([5], {5: 0.1}) is None
 
 
 def test_what_the_hint_is(painter, tmp_path):
@@ -97,10 +95,9 @@ def test_what_the_hint_is(painter, tmp_path):
     ink.paste("black", mask=ring.convert("L"))
     assert torch.equal(painter.hint(ink, drawn=True, invert=False), expected)
     with pytest.raises(UserError, match="the hint is empty"):
-        next(painter.paint(print, Image.new("RGB", (9, 9)), drawn=True, invert=False, **SETTINGS))
+        next(painter.paint(print, Image.new("RGB", (9, 9)), True, False, **SETTINGS, **QUICK))
     prompt = "coral circle " * 60
-    white = painter.paint(print, ring, drawn=False, invert=False, **SETTINGS | {"prompt": prompt})
-    inverted, cut = next(white)["notes"]
+    inverted, cut = next(painter.paint(print, ring, False, False, prompt, mode="uniform", **QUICK))["notes"]
     assert "Invert" in inverted and cut.endswith(painter.sd.tokenizer.cut(prompt)) and "cut from: c" in cut
 
 
@@ -108,18 +105,10 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_ddim_step(painter):
     page, steps = Page(0), []
     page.waiting, browser = socket.socketpair()
     hook = painter.sd.unet.register_forward_pre_hook(lambda *_: page.check() or steps.append(1))
+    asked = SETTINGS | QUICK | {"steps": 2}
     with hook, page, pytest.raises(ConnectionError):
-        list(painter.paint(lambda event: browser.close(), ring_picture(), drawn=True, invert=False, **SETTINGS, seed=1, guidance_scale=1.0, steps=2))
+        list(painter.paint(lambda event: browser.close(), ring_picture(), True, False, **asked))
     assert len(steps) == 2 + 1  # the base's own picture, and what DDIM predicts first of the snapshot's
-
-
-@pytest.mark.parametrize("name, text", [("steps", "2.5"), ("steps", ""), ("steps", "-20"), ("steps", "55"), ("strength", "nan"),
-                                        ("seed", str(2**32)), ("guidance_scale", "1e30")])  # fmt: skip
-def test_numbers_out_of_range(name, text):
-    label, smallest, largest, step = NUMBERS[name]
-    with pytest.raises(UserError, match=f"{label} must be a .*number from {smallest} to {largest}"):
-        read_number(text, *NUMBERS[name])
-    assert [read_number(str(value), *NUMBERS[name]) for value in (smallest, largest)] == [smallest, largest]
 
 
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
@@ -131,9 +120,7 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert error("--port", port, "--base", "nosuch") == (
-            f"port {port} can't be used (address already in use): choose another --port"
-        )
+        assert f"port {port} can't be used (address already in use)" in error("--port", port, "--base", "./nosuch")
     monkeypatch.setattr(draw, "Page", lambda port: None)
     assert "leave out --controlnet" in error("--run", run, "--controlnet", "nosuch")
     assert "must be a whole number from 1 to 65535" in error("--port", "70000")
@@ -148,13 +135,6 @@ def test_mistakes_on_the_command_line(tmp_path, monkeypatch, run):
     assert "changed the base's decoder" in error("--run", tmp_path)
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
-    Image.new("1", (300, 200)).save(tmp_path / "a.png")
-    assert open_image(tmp_path / "a.png", 60_000).size == (300, 200)
-    with pytest.raises(UserError, match="a.png has 0 megapixels"):
-        open_image(tmp_path / "a.png", 59_999)
-
-
 # The server
 
 
@@ -162,10 +142,14 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path):
 def server(run, tmp_path_factory):
     """The page's address: behind a proxy that is not there, and with a folder for temporary files that stays empty."""
     folder = tmp_path_factory.mktemp("temporary")
-    proxies = {name: "socks5://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy")}
-    with open(folder.with_suffix(".log"), "w") as log, served(run, log, TMPDIR=str(folder), **proxies) as (address, _):
+    variables = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "socks5://127.0.0.1:9") | {
+        "TMPDIR": str(folder)
+    }
+    with open(folder.with_suffix(".log"), "w") as log, served(run, log, **variables) as (address, process):
         yield address
-    assert not folder.with_suffix(".log").read_text() and not [*folder.iterdir()]
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == -signal.SIGHUP
+    assert "Traceback" not in folder.with_suffix(".log").read_text() and not [*folder.iterdir()]
 
 
 def asking(address: str, headers: dict | None = None, **changes):
@@ -173,7 +157,7 @@ def asking(address: str, headers: dict | None = None, **changes):
     data = io.BytesIO()
     ring_picture().save(data, "PNG")
     picture = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    body = {"picture": picture, "name": "ring.png", "tab": "draw"} | NUMBERS_TYPED | SETTINGS | changes
+    body = {"picture": picture, "name": "ring.png", "tab": "draw"} | SETTINGS | QUICK | changes
     request = urllib.request.Request(f"{address}/paint", json.dumps(body).encode(), headers or {})
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600)
 
@@ -186,28 +170,25 @@ def ask(address: str, headers: dict | None = None, **changes) -> dict:
 
 def test_what_is_sent_to_the_server(server):
     assert ask(server) == {"done": True}
-    for number, text in (("steps", "2.5"), ("seed", "")):
-        assert ask(server, **{number: text})["error"].startswith(NUMBERS[number][0])
+    for name, text in (("steps", "2.5"), ("seed", ""), ("seed", str(2**32)), ("strength", "nan"), ("strength", "1e30")):
+        label, smallest, largest, _ = NUMBERS[name]
+        error = ask(server, **{name: text})["error"]
+        assert error.startswith(label) and error.endswith(f"number from {smallest} to {largest}")
     for broken in ({"picture": "x"}, {"picture": 5}, {"mode": "nosuch"}, {"strength": None}):
         assert "\n" not in ask(server, **broken)["error"]
     assert ask(server, {"Origin": server, "Host": server.removeprefix("http://")}, steps="x")["error"]
-    port = server.rpartition(":")[2]
-    for headers in ({"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Host": "]["}):
+    for header in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
         with pytest.raises(urllib.error.HTTPError, match="403"):
-            ask(server, headers)
+            ask(server, header)
 
 
-@pytest.mark.parametrize("signals, status", [([signal.SIGINT], 130), ([signal.SIGINT] * 2, 130), ([signal.SIGHUP], -1)])
-def test_how_it_ends(run, tmp_path, signals, status):
-    """Amid a picture: with one line or none, and nothing is left of what was sent."""
-    (tmp_path / "temporary").mkdir()
-    with open(tmp_path / "log", "w") as log, served(run, log, TMPDIR=str(tmp_path / "temporary")) as (address, process):
-        with asking(address, steps="50") as answer:
-            assert "hint" in json.loads(answer.readline())
-            for number in signals:
-                process.send_signal(number)
-            assert process.wait(120) == status
-    assert (tmp_path / "log").read_text() in ("", "interrupted\n") and not [*(tmp_path / "temporary").iterdir()]
+@pytest.mark.parametrize("times", (1, 2))
+def test_ctrl_c_amid_a_picture(run, times):
+    with served(run, subprocess.PIPE) as (address, process), asking(address, steps="50") as answer:
+        assert "hint" in json.loads(answer.readline())
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130 and process.stderr.read() in ("interrupted\n", "")
 
 
 # In the browser
@@ -215,13 +196,10 @@ def test_how_it_ends(run, tmp_path, signals, status):
 
 @pytest.fixture(scope="module")
 def browser():
-    if not importlib.util.find_spec("playwright"):
-        pytest.skip("playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
     if not BROWSER:
         pytest.skip("no Chromium or Chrome is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
+    with playwright.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -232,8 +210,8 @@ def page(browser, server):
     """A page that has painted its example; nothing on it may ask another host, or complain."""
     page, elsewhere, complaints = browser.new_page(viewport={"width": 1280, "height": 900}, has_touch=True), [], []
     page.set_default_timeout(300_000)
-    page.on("request", lambda request: None if request.url.startswith((server, "data:")) else elsewhere.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
+    page.on("request", lambda request: request.url.startswith((server, "data:")) or elsewhere.append(request.url))
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(error))
     page.goto(server)
     page.get_by_text("Settings").click()
@@ -250,10 +228,15 @@ def painted(page) -> None:
     assert not page.locator(".old").count()
 
 
+def decoded(url: str) -> torch.Tensor:
+    """[1, 3, H, W] in [-1, 1]"""
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return fit_image(picture, picture.width)[None] * 2 - 1
+
+
 def shown(page, name: str) -> torch.Tensor:
-    """A picture on the page, [1, 3, H, W] in [-1, 1]."""
-    data = page.locator(f"#{name}").get_attribute("src").partition(",")[2]
-    return fit_image(Image.open(io.BytesIO(base64.b64decode(data))), 128)[None] * 2 - 1
+    """A picture on the page."""
+    return decoded(page.locator(f"#{name}").get_attribute("src"))
 
 
 def status(page, text: str) -> None:
@@ -262,17 +245,13 @@ def status(page, text: str) -> None:
 
 def strokes(page) -> tuple[int, list[float]]:
     """White pixels of the drawing, and their centre in shares of the side."""
-    return page.evaluate("""() => {
-        const canvas = document.querySelector("canvas"), side = canvas.width, all = side * side;
-        const pixels = canvas.getContext("2d").getImageData(0, 0, side, side).data;
-        const white = Array.from({length: all}, (_, i) => i).filter((i) => pixels[4 * i] > 127);
-        const mean = (place) => white.reduce((sum, i) => sum + place(i), 0) / white.length / side;
-        return [white.length, [mean((i) => i % side), mean((i) => Math.floor(i / side))]];
-    }""")
+    drawing = decoded(page.evaluate("() => document.querySelector('canvas').toDataURL()"))
+    places = torch.nonzero(drawing[0, 0] > 0).double()
+    return len(places), (places.mean(dim=0).flip(0) / 512).tolist()
 
 
 def test_one_drawing_through_the_training(page):
-    """Once it is painted, slider, strip and Play swap pictures that are there; the dots lie under the slider's thumb."""
+    """Once it is painted, slider, strip and Play swap pictures that are there; the dots lie under the thumb."""
     requests, caption, slider = [], page.locator("#caption"), page.locator("#step")
     page.on("request", lambda request: requests.append(request.url) if request.url.startswith("http") else None)
     status(page, f"Between steps {JUMP - 10} and {JUMP} the picture turns to your drawing: the jump.")
@@ -281,19 +260,19 @@ def test_one_drawing_through_the_training(page):
     assert caption.inner_text() == "With the hint, step 0" and torch.equal(shown(page, "sample"), shown(page, "alone"))
     slider.press("ArrowRight")
     assert caption.inner_text() == "With the hint, step 10"
-    page.get_by_role("button", name="step 40").click()
-    assert slider.input_value() == "40" and caption.inner_text() == "With the hint, step 40"
+    page.get_by_role("button", name="step 30").click()
+    assert slider.input_value() == "30" and caption.inner_text() == "With the hint, step 30"
     page.get_by_role("button", name="Play the training").click()
     assert slider.input_value() == "0"
     page.get_by_role("button", name="Stop").wait_for()
     page.get_by_role("button", name="Play the training").wait_for()
-    assert slider.input_value() == "60" and caption.inner_text() == "With the hint, step 60" and not requests
+    assert slider.input_value() == "40" and caption.inner_text() == "With the hint, step 40" and not requests
     box, thumb = slider.bounding_box(), 16
     dots = [dot.bounding_box() for dot in page.locator("#marks i").all()]
     for step, dot in zip(STEPS, dots, strict=True):
-        under = box["x"] + thumb / 2 + (box["width"] - thumb) * step / 60
+        under = box["x"] + thumb / 2 + (box["width"] - thumb) * step / 40
         assert abs(dot["x"] + dot["width"] / 2 - under) < 1
-    assert "% at step 30" in page.locator("#plot").get_attribute("aria-label")
+    assert "% at step 20" in page.locator("#plot").get_attribute("aria-label")
     assert page.locator("#strip button").all_inner_texts() == [f"step {step}" for step in STEPS]
 
 
@@ -313,8 +292,8 @@ def test_drawing(page):
     assert ring < (dotted := strokes(page)[0]) < ring + 60  # a dot of 5 pixels across
     touch = page.context.new_cdp_session(page)
     fingers = [{"x": box["x"] + 50, "y": box["y"] + 50, "id": 0}, {"x": box["x"] + 90, "y": box["y"] + 90, "id": 1}]
-    for kind, points in (("touchStart", fingers[:1]), ("touchStart", fingers), ("touchMove", fingers[1:]), ("touchEnd", [])):
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    for kind, count in (("touchStart", 1), ("touchStart", 2), ("touchMove", 2), ("touchEnd", 0)):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers[:count]})
     assert strokes(page)[0] == dotted  # a pinch draws nothing
     page.get_by_role("button", name="Undo").click()
     assert strokes(page)[0] == ring
@@ -339,23 +318,21 @@ def test_an_empty_drawing_is_no_error_until_paint(page):
 
 
 def test_what_is_typed(page):
-    """A number that can't be is one sentence; one's own prompt stays until another colour is chosen; a long one is cut."""
+    """A number that can't be is one sentence; one's own prompt stays until a colour changes; a long one is cut."""
     for text in ("2.5", "", "-20", "55"):
         page.get_by_label("DDIM steps").fill(text)
         status(page, "DDIM steps must be a whole number from 1 to 50")
-    page.get_by_label("DDIM steps").fill("1")
     prompt, coral = page.get_by_label("Prompt"), page.locator("#disc [value=coral]")
     prompt.fill("my own words " * 40)
     coral.focus()
-    for _ in range(3):
-        page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
     coral.click()
+    page.get_by_label("DDIM steps").fill("1")
     assert prompt.input_value() == "my own words " * 40
     status(page, "the prompt is too long and is cut from:")
     page.get_by_label("All 139 colours").check()
     page.locator("#background [value=tomato]").check()
     assert prompt.input_value() == "coral circle with tomato background"
-    painted(page)
 
 
 def test_pictures_that_are_sent(page, tmp_path):
@@ -382,7 +359,7 @@ def test_pictures_that_are_sent(page, tmp_path):
 
 def test_two_tabs_take_turns(page, server):
     """The second one gets its picture while the first one's snapshots are still being painted."""
-    second = page.context.new_page()
+    second = page.context.browser.new_page()
     page.get_by_label("DDIM steps").fill("50")
     page.locator("#caption", has_text="Predicted at DDIM step 2 of 50").wait_for()
     second.goto(server)
@@ -390,8 +367,6 @@ def test_two_tabs_take_turns(page, server):
     second.locator("#sample[src]").wait_for(timeout=300_000)
     assert page.locator("#through.old, #strip :disabled").count()
     second.close()
-    page.get_by_label("DDIM steps").fill("1")
-    painted(page)
 
 
 def test_everything_has_its_place_and_its_name(page):
@@ -401,14 +376,13 @@ def test_everything_has_its_place_and_its_name(page):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-        boxes = [page.locator(part).bounding_box() for part in ("canvas", "#sample", "#alone", "#step", "#plot", "#strip", "#paint")]
-        for i, a in enumerate(boxes):
-            for b in boxes[i + 1 :]:
-                beside = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
-                assert beside or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
-    assert not page.evaluate("""() =>
-        [...document.querySelectorAll("input, select, button, canvas, [role=img]")].filter((part) => part.offsetParent && !(
-            part.labels?.length || part.ariaLabel || part.innerText?.trim())).map((part) => part.outerHTML)""")
+        parts = ("canvas", "#sample", "#alone", "#step", "#plot", "#strip", "#paint")
+        for a, b in combinations([page.locator(part).bounding_box() for part in parts], 2):
+            beside = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+            assert beside or a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+    nameless = "part => part.offsetParent && !(part.labels?.length || part.ariaLabel || part.innerText?.trim())"
+    parts = "[...document.querySelectorAll('input, select, button, canvas, [role=img]')]"
+    assert not page.evaluate(f"() => {parts}.filter({nameless}).map(part => part.outerHTML)")
     assert not page.evaluate("() => [...document.images].filter((image) => image.tabIndex >= 0).length")
     assert not page.get_by_text("share", exact=False).filter(has_not_text="hints").count()
     page.get_by_role("radio", name="Draw").focus()
