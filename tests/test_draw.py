@@ -359,11 +359,14 @@ def test_pictures_that_are_sent(page, tmp_path):
 
 def test_two_tabs_take_turns(page, server):
     """The second one gets its picture while the first one's snapshots are still being painted."""
-    second = page.context.browser.new_page()
+    second, held = page.context.browser.new_page(), []
+    second.route("**/paint", lambda route: held.append(route))
     page.get_by_label("DDIM steps").fill("50")
-    page.locator("#caption", has_text="Predicted at DDIM step 2 of 50").wait_for()
-    second.goto(server)
+    page.locator("#caption", has_text="of 50").wait_for()
+    with second.expect_request("**/paint"):
+        second.goto(server)
     status(second, "Waiting for its turn")
+    held[0].continue_()
     second.locator("#sample[src]").wait_for(timeout=300_000)
     assert page.locator("#through.old, #strip :disabled").count()
     second.close()
