@@ -52,28 +52,28 @@ def main(run: Path, folder: Path) -> None:
 
     frames, durations = [], []
     with served(run) as (address, _), sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"]).new_page()
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1024, "height": 1000})
 
         def take(milliseconds: int) -> None:
             frames.append(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
             durations.append(milliseconds)
 
-        page.set_viewport_size({"width": 1024, "height": 1000})
         page.goto(address)
         for _ in draw_ring(page, 0.42, 0.55, 0.27):
             take(40)
         page.locator("#status", has_text="ump").wait_for(timeout=600_000)
         take(2000)
-        for step in page.evaluate("fetch('facts').then(answer => answer.json()).then(facts => facts.snapshots)"):
+        for step in page.evaluate("() => fetch('facts').then(answer => answer.json()).then(facts => facts.snapshots)"):
             page.locator("#step").fill(str(step))
             take(250)
         durations[-1] = 2000
         page.set_viewport_size({"width": 1280, "height": 1000})
         page.screenshot(path=folder / "draw.png", full_page=True)
     frames[0].save(
-        folder / "draw.webp", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=80
+        folder / "draw.webp", save_all=True, append_images=frames[1:], duration=durations, quality=80, loop=0
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

@@ -391,3 +391,5 @@ def test_everything_has_its_place_and_its_name(page):
     page.get_by_role("radio", name="Draw").focus()
     page.keyboard.press("ArrowRight")
     assert page.get_by_role("radio", name="Place a ring").is_checked() and page.get_by_label("Size").is_visible()
+    page.evaluate("() => (document.body.className = 'single')")  # as without --run
+    assert page.get_by_text("python train.py").is_visible() and not page.locator("#through").is_visible()
