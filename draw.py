@@ -2,27 +2,24 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from support.command import run_command_line
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from controlnet import CONTROL_MODES, ControlNet
-from data import draw_outline, signed_distance
 from sample import generate, load_to_sample, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.checkpoints import find_snapshots
-from support.detect import add_options, detector
+from support.detect import add_options, detector, is_inverted
 from support.devices import choose_device, sampling_precision
 from support.errors import UserError
 from support.log import read_log
+from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
-from support.threads import as_it_happens
 from weights import brings_decoder, load_controlnet
 
 SHIPPED = Path(__file__).parent / "models" / "fill50k" / "controlnet.safetensors"
@@ -37,33 +34,38 @@ class Painter:
         self.alone = lru_cache(maxsize=32)(self.alone)  # it is the same for every hint and every step
 
     def controlnet(self, step: int) -> ControlNet:
-        """That of the snapshot nearest to `step`. Raises UserError as load_controlnet does."""
-        path = self.paths[min(self.paths, key=lambda other: abs(other - step))]
-        controlnet = load_controlnet(path, self.sd.unet).requires_grad_(False)
+        controlnet = load_controlnet(self.paths[step], self.sd.unet).requires_grad_(False)
         return controlnet.to(self.sd.device, self.sd.unet.encoder[0].conv.weight.dtype)
 
-    def ring(self, x: float, y: float, radius: float) -> Tensor:
-        """The hint [3, H, W] in [0, 1] of a circle; centre and radius are shares of the side."""
-        rows, columns = (np.mgrid[: self.resolution, : self.resolution] + 0.5) / self.resolution
-        outline = draw_outline(self.resolution * signed_distance("circle", columns - x, rows - y, radius))
-        return fit_image(outline, self.resolution)
+    def alone(self, size: tuple[int, int], prompt: str, **settings) -> Tensor:
+        """The base's own image [3, H, W] in [-1, 1] from the same noise, without a hint."""
+        return generate(self.sd, [], [], [prompt], size=size, **settings)[0]
 
-    def hint(self, picture: Image.Image) -> Tensor:
-        """The hint [3, H, W] in [0, 1] that is found in a photograph, or that a picture is already."""
-        return self.detect(fit_image(picture, self.resolution, square=False))
+    def hint(self, picture: Image.Image, drawn: bool, invert: bool) -> Tensor:
+        """[3, H, W] in [0, 1]. A drawing is one already: the edges of a drawn stroke would be two lines."""
+        hint = fit_image(picture, self.resolution, square=drawn)
+        return hint if drawn else self.detect(1 - hint if invert else hint)
 
-    def alone(self, size: tuple[int, int], prompt: str, **settings) -> Image.Image:
-        """The base's own picture from the same noise, without a hint."""
-        return to_picture(generate(self.sd, [], [], [prompt], size=size, **settings)[0])
-
-    def sample(self, hint: Tensor, prompt: str, step: int, strength: float, mode: str, **settings) -> Image.Image:
-        """What the snapshot nearest to `step` makes of the hint."""
+    def paint(
+        self, show: Callable[[dict], None], picture: Image.Image, drawn: bool, invert: bool, prompt: str,
+        strength: float, mode: str, **settings,
+    ) -> Iterator[dict]:  # fmt: skip
+        """What the page shows: hint, base's own picture, each snapshot's; of the last one DDIM's predictions too."""
+        hint, steps, distances = self.hint(picture, drawn, invert), list(self.paths), {}
+        if not hint.any():
+            raise UserError("the hint is empty: draw a line in the black square, or choose a picture with lines")
+        notes = ["a hint is white lines on black: try Invert"] if is_inverted(hint) else []
+        if cut := self.sd.tokenizer.cut(prompt):
+            notes.append(f"the prompt is too long and is cut from: {cut}")
+        yield {"hint": to_picture(hint * 2 - 1), "notes": notes}
+        yield {"alone": to_picture(alone := self.alone(tuple(hint.shape[1:]), prompt, **settings))}
         settings |= {"strengths": [strength], "control_mode": mode}
-        return to_picture(generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0])
-
-    def paint(self, hint: Tensor, **how) -> Iterator[Image.Image]:
-        """The picture as predicted at each DDIM step, and at last the sample."""
-        return as_it_happens(lambda show: self.sample(hint, watch=lambda images: show(to_picture(images[0])), **how))
+        settings["watch"] = lambda images: show({"predicted": to_picture(images[0])})
+        while (step := next_snapshot(steps, distances)) is not None:
+            image = generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0]
+            distances[step] = (image - alone).square().mean().sqrt().item() / 2  # in shares of the brightness
+            settings["watch"] = None
+            yield {"step": step, "picture": to_picture(image), "distance": distances[step]}
 
 
 def parse_arguments():
@@ -76,19 +78,18 @@ def parse_arguments():
     options.add_placing(parser)  # --precision, --resolution, --device
     add("--port", type=options.port, default=7860, help="of the page's address (default: 7860)")
     args = parser.parse_args()
-    if args.run and (args.base or args.controlnet):
-        raise UserError("--run brings its base and its ControlNets: leave out --base and --controlnet")
-    if find_spec("gradio") is None:
-        raise UserError("the page needs gradio: pip install -r requirements-app.txt")
+    if args.run and args.controlnet:
+        raise UserError("--run brings its ControlNets: leave out --controlnet")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
+    page = Page(args.port)  # a taken port is said before anything is loaded
     device = choose_device(args.device)
     if args.run:
         trained_with, paths = find_snapshots(args.run)
-        args.base, args.resolution = trained_with["base"], args.resolution or trained_with["resolution"]
+        args.base, args.resolution = args.base or trained_with["base"], args.resolution or trained_with["resolution"]
     else:
         paths = {0: locate_controlnet(args.controlnet or SHIPPED)}
     if brings_decoder(paths[max(paths)]):
@@ -97,10 +98,8 @@ def main() -> None:
     detect = detector(args.detect, args.canny_low, args.canny_high)
     painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
     painter.controlnet(max(paths))  # so that a wrong file is reported before the page opens
-
-    from support.page import show_page  # which needs gradio, an extra
-
-    show_page(painter, CONTROL_MODES, read_log(args.run / "log.jsonl") if args.run else [], args.port)
+    sd.unet.register_forward_pre_hook(lambda *_: page.check())  # at each DDIM step: does anyone still wait?
+    page.serve(painter, CONTROL_MODES, args.detect, read_log(args.run / "log.jsonl") if args.run else [])
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable
     return detect
 
 
+def is_inverted(hint: Tensor) -> bool:
+    """Whether a hint [3, H, W] looks like dark lines on white: most of it is white, and most of its frame."""
+    frame = torch.cat([hint[:, 0], hint[:, -1], hint[..., 0], hint[..., -1]], dim=1)
+    return bool(min(frame.median(), hint.median()) > 0.5)
+
+
 def scribble(pixels: np.ndarray) -> np.ndarray:
     """Strokes along the main edges of a picture uint8 [H, W, 3]: bool [H, W].
 

@@ -144,4 +144,8 @@ def as_srgb(image: Image.Image, path: Path) -> Image.Image:
         except (ImageCms.PyCMSError, OSError) as error:
             warn(f"{path}: its colour profile can't be used ({error}); its colours are read as sRGB's")
     image = image.convert("RGB")
-    return Image.composite(image, Image.new("RGB", image.size), opacity) if opacity else image
+    if opacity is None:
+        return image
+    shown = Image.composite(image, Image.new("RGB", image.size), opacity)
+    # Dark ink on transparency, as drawing programs save it, would not be seen: what is opaque is the line.
+    return shown if shown.convert("L").getextrema()[1] > 127 else opacity.convert("RGB")
