@@ -100,7 +100,7 @@ def text_config(part: Part) -> CLIPTextConfig:
 def base_sizes(unet: Part, vae: Part, text: Part) -> dict:
     """Arguments of StableDiffusion, the scale of the latents only where the file says it."""
     sizes = {"unet": unet_config(unet), "vae": vae_config(vae), "text": text_config(text)}
-    scales = [part.hidden.get("latent_scale") for part in (vae, unet)]  # a VAE apart may not say what the base does
+    scales = [part.hidden.get("latent_scale") for part in (unet, vae)]  # the UNet's: it was trained with that
     if (scale := next((scale for scale in scales if scale is not None), None)) is None:
         return sizes
     if not isinstance(scale, int | float) or not 0 < scale < LARGEST:

@@ -342,16 +342,17 @@ def test_a_vae_of_ones_own(form, nano, diffusers_base, tmp_path):
     """It is taken for the base's, which may lack one."""
     prefix, path, (tensors, metadata) = "first_stage_model.", tmp_path / "vae.safetensors", read_tensors(nano)
     other = {name: tensor + 0.125 * name.startswith(prefix) for name, tensor in tensors.items()}
+    said = {"config": json.dumps(json.loads(metadata["config"]) | {"latent_scale": 0.5})}  # the base's counts
     if form == "a folder":
         path = shutil.copytree(diffusers_base / "vae", tmp_path / "vae")
         saved = {name: tensor + 0.125 for name, tensor in read_tensors(path / FILE)[0].items()}
         save_file(saved, path / FILE)
     elif form == "a whole base":
-        save_tensors(other, path, metadata)
+        save_tensors(other, path, said)
     else:
         alone = {name.removeprefix(prefix): tensor for name, tensor in other.items() if name.startswith(prefix)}
         trainers = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
-        save_tensors(alone | (trainers if form == "of a trainer" else {}), path, metadata)
+        save_tensors(alone | (trainers if form == "of a trainer" else {}), path, said)
     base = tmp_path / "base.safetensors"
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     save_tensors(rest, base, metadata)
