@@ -14,7 +14,7 @@ KINDS = ("none", "canny", "scribble")
 STROKE_BLUR = 3.0  # pixels, before and after the lines are found: that of the authors' fake scribbles
 SCRIBBLE_THRESHOLDS = (30, 80)  # of the blurred picture, whose gradients are small
 SHORTEST_STROKE = 50  # pixels
-WHITE = 0.9  # and brighter
+WHITE = 0.8  # or brighter: paper
 
 
 def add_options(parser: ArgumentParser, several: bool = False) -> None:
@@ -24,18 +24,6 @@ def add_options(parser: ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--detect", choices=KINDS, **given, help=told)
     parser.add_argument("--canny-low", type=count_or_zero, default=100, help="lower threshold of canny (default: 100)")
     parser.add_argument("--canny-high", type=count_or_zero, default=200, help="upper threshold of canny (default: 200)")
-
-
-def seems_inverted(hint: Tensor) -> bool:
-    """Whether a hint [3, H, W] in [0, 1] is dark on white, by its frame and the whole: hints are white on black."""
-    frame = torch.cat([hint[:, [0, -1]].flatten(), hint[:, :, [0, -1]].flatten()])
-    return bool(frame.median() > WHITE and hint.median() > WHITE)
-
-
-def warn_if_inverted(name: object, hint: Tensor) -> None:
-    if seems_inverted(hint):
-        warn(f"{name}: the hint is dark on white, ControlNets are trained with white on black: turn it (sample.py "
-             "--invert)")  # fmt: skip
 
 
 def detector(
@@ -62,6 +50,19 @@ def detector(
         return torch.from_numpy(edges > 0).float().expand(3, -1, -1)
 
     return detect
+
+
+def is_inverted(hint: Tensor) -> bool:
+    """Whether a hint [3, H, W] looks like dark lines on white: most of it is white, and most of its frame."""
+    white = hint.amin(0)  # bright in all channels: hints of colours are not meant
+    frame = torch.cat([white[0], white[-1], white[:, 0], white[:, -1]])
+    return bool(min(frame.median(), white.median()) > WHITE)
+
+
+def warn_if_inverted(name: object, hint: Tensor) -> None:
+    if is_inverted(hint):
+        warn(f"{name}: the hint is dark on white, ControlNets are trained with white on black: turn it (sample.py "
+             "--invert)")  # fmt: skip
 
 
 def scribble(pixels: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ from standin import SAMPLE, run_main
 
 import sample
 from controlnet import ControlNet
+from data import DrawnImages
 from stable_diffusion import StableDiffusion
-from support.detect import detector, seems_inverted
+from support.detect import detector, is_inverted
 from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip, save_picture, to_picture
 from weights import save_controlnet
@@ -80,11 +81,12 @@ def test_each_hint_has_its_detector(nano, tmp_path, monkeypatch):
 
 
 def test_a_hint_that_is_dark_on_white(nano, tmp_path, monkeypatch, capsys):
-    """It is named, unless it is turned; what is white inside or at its frame alone is not."""
+    """It is named, unless it is turned; what is white inside or at its frame alone is not, nor are colours."""
     hint = fit_image(open_image(SAMPLE / "source" / "0.png"), 64)
-    framed = torch.ones_like(hint)
+    framed, palettes = torch.ones_like(hint), DrawnImages(50, 64, palette=True)
     framed[:, 1:-1, 1:-1] = 0
-    assert [seems_inverted(picture) for picture in (1 - hint, hint, framed, 1 - framed)] == [True, False, False, False]
+    assert is_inverted(1 - hint) and is_inverted(0.9 - 0.9 * hint)
+    assert not any(is_inverted(other) for other in (hint, framed, 1 - framed, *map(palettes.hint, range(50))))
     save_picture(to_picture(1 - hint * 2), tmp_path / "dark.png")
     save_controlnet(ControlNet.from_unet(StableDiffusion.load(nano).unet, (4, 4, 4, 4)), tmp_path / "c.safetensors")
     options = ["--base", nano, "--controlnet", tmp_path / "c.safetensors", "--hint", tmp_path / "dark.png", "--steps",
