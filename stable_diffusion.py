@@ -72,7 +72,7 @@ class StableDiffusion(nn.Module):
     def load(cls, source: str | Path, vae: str | Path = "") -> "StableDiffusion":
         """In float32 "tiny", which ships here, "sd15", a file, a folder of diffusers, owner/repo:file or owner/repo.
 
-        `vae`, from such a place, is taken instead of the one there, if there is one.
+        `vae` is another of these places, whose VAE is taken instead; the base's own is not read, and may be missing.
         """
         path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
         parts = read_base(path, locate(vae, VAE_FILES, "pass a local file with --vae FILE") if vae else None)

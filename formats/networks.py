@@ -25,8 +25,8 @@ LAYOUTS[AutoencoderKL].append(BARE_VAE)
 LAYOUTS[ControlNet] += [BARE, OWN]
 PREFIXES = tuple(layout.prefix for layout in OFFICIAL.values())
 WRAPPERS = ("_orig_mod.", "module.", "controlnet.")  # before all names: torch.compile's, DataParallel's, a trainer's
+TRAINERS = ("loss.", "model_ema.")  # what a VAE was trained with, beside it
 # CLIP's position_ids are just 0 to 76, its projection is for comparing texts with pictures.
-TRAINERS = ("loss.", "model_ema.")  # what a VAE was trained with
 UNUSED = ("embeddings.position_ids", "text_projection.weight")
 
 
@@ -67,7 +67,7 @@ def read_network(path: Path, network: type[nn.Module]) -> Part:
 
 
 def read_base(path: Path, vae: Path | None = None) -> list[Part]:
-    """A base's UNet, VAE and text encoder, out of a file or of a folder in diffusers' layout; or another VAE.
+    """A base's UNet, VAE and text encoder, out of a file or of a folder in diffusers' layout; the VAE out of `vae`, if given.
 
     Each from a mapping of its own, so that one that is let go gives its memory back.
     """

@@ -90,8 +90,8 @@ class Run:
         with self.exits:
             if isinstance(error, Exception) and self.unsaved:
                 with contextlib.suppress(Exception):  # the error that ended the run is the one to tell
-                    self.save()
                     write_log(self.folder / "log.jsonl", self.history)
+                    self.save()
                     self.say(f"saved step {self.step}: go on with --resume-from-checkpoint latest")
             if error is None and self.processes > 1:  # after an error, the others would be waited for
                 distributed.destroy_process_group()
