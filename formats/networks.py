@@ -67,7 +67,7 @@ def read_network(path: Path, network: type[nn.Module]) -> Part:
 
 
 def read_base(path: Path, vae: Path | None = None) -> list[Part]:
-    """A base's UNet, VAE and text encoder, out of a file or of a folder in diffusers' layout; the VAE out of `vae`, if given.
+    """A base's UNet, VAE (out of `vae`, if given) and text encoder, out of a file or a folder in diffusers' layout.
 
     Each from a mapping of its own, so that one that is let go gives its memory back.
     """
