@@ -90,11 +90,12 @@ def main() -> None:
     if args.run:
         trained_with, paths = find_snapshots(args.run)
         args.base, args.resolution = args.base or trained_with["base"], args.resolution or trained_with["resolution"]
+        vae = trained_with.get("vae", "")
     else:
-        paths = {0: locate_controlnet(args.controlnet or SHIPPED)}
+        vae, paths = "", {0: locate_controlnet(args.controlnet or SHIPPED)}
     if brings_decoder(paths[max(paths)]):
         raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
-    sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device))
+    sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device), vae)
     detect = detector(args.detect, args.canny_low, args.canny_high)
     painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
     painter.controlnet(max(paths))  # so that a wrong file is reported before the page opens

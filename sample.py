@@ -16,7 +16,7 @@ from diffusion import NoiseSchedule, ddim, guided_noise
 from formats.diffusers import CONTROLNET_FILES
 from stable_diffusion import StableDiffusion
 from support import options
-from support.detect import add_options, detector
+from support.detect import add_options, detector, warn_if_inverted
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError, warn_if_cut
 from support.files import make_folder
@@ -85,7 +85,11 @@ def generate(
             return guided_noise(*eps.chunk(2), guidance_scale) if sides == 2 else eps
 
         show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
-        return decode(ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show))
+        z_0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show)
+        if not z_0.isfinite().all():
+            raise UserError("what was sampled is not finite: take a --strength and a --guidance-scale nearer to 1, "
+                            "--precision fp32, or another ControlNet")  # fmt: skip
+        return decode(z_0)
 
     firsts = range(0, len(prompts), AT_ONCE)
     with tqdm(total=steps * len(firsts), desc="sampling", disable=not progress) as bar:
@@ -99,10 +103,10 @@ def locate_controlnet(source: str | Path) -> Path:
 
 
 def load_to_sample(
-    base: str, paths: list[Path], device: torch.device, precision: str
+    base: str, paths: list[Path], device: torch.device, precision: str, vae: str = ""
 ) -> tuple[StableDiffusion, list[ControlNet]]:
     """A base and the ControlNets in `paths`, with a decoder that one of them brings; on `device`, which is printed."""
-    sd = StableDiffusion.load(base)
+    sd = StableDiffusion.load(base, vae)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
     load_decoders(sd.unet, paths)
     print(f"sampling on {describe(device)}")
@@ -116,9 +120,11 @@ def parse_arguments():
     add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
     ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
     add("--base", default="tiny", help=options.BASE)
+    add("--vae", default="", help=options.VAE)
     add("--controlnet", action="append", default=[], help=f"{options.CONTROLNET}; repeatable")
     add("--hint", action="append", type=Path, default=[], help="condition picture, one for each --controlnet")
     add_options(parser, several=True)  # --detect, --canny-low, --canny-high
+    add("--invert", action="store_true", help="hints with --detect none are dark on white: turn them")
     add("--strength", action="append", type=finite, default=[], help="one for all, or one for each (default: 1)")
     add("--prompt", default="", help="what to paint (default: nothing, the hint alone)")
     add("--negative-prompt", default="", help="what to stay away from, if the guidance scale is not 1")
@@ -144,11 +150,11 @@ def parse_arguments():
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
-    detectors = [detector(kind, args.canny_low, args.canny_high) for kind in args.detect]
+    detectors = [detector(kind, args.canny_low, args.canny_high, args.invert) for kind in args.detect]
     pictures = [open_image(path) for path in args.hint]
     paths = [locate_controlnet(source) for source in args.controlnet]
     args.precision = sampling_precision(args.precision, device)
-    sd, controlnets = load_to_sample(args.base, paths, device, args.precision)
+    sd, controlnets = load_to_sample(args.base, paths, device, args.precision, args.vae)
     args = options.with_defaults(args, sd.preset)
     pictures = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     hints = [detect(picture) for detect, picture in zip(detectors, pictures, strict=True)]
@@ -156,6 +162,8 @@ def main() -> None:
     if len(sizes) > 1:
         raise UserError(f"the hints have different shapes, {' and '.join(map(str, sizes))}: crop them alike")
     warn_if_cut(sd.tokenizer, {"--prompt": args.prompt, "--negative-prompt": args.negative_prompt})
+    for path, hint in zip(args.hint, hints, strict=True):
+        warn_if_inverted(path, hint)
     make_folder(args.output.absolute().parent)
 
     images = generate(

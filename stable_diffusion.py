@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextConfig, CLIPTextModel
 from controlnet import HINT_CHANNELS
-from formats.diffusers import BASE_FILES
+from formats.diffusers import BASE_FILES, VAE_FILES
 from formats.layouts import load
 from formats.networks import read_base, read_tokenizer
 from formats.sizes import base_sizes
@@ -69,10 +69,13 @@ class StableDiffusion(nn.Module):
         self.latent_scale = latent_scale
 
     @classmethod
-    def load(cls, source: str | Path) -> "StableDiffusion":
-        """In float32 "tiny", which ships here, "sd15", a file, a folder of diffusers, owner/repo:file or owner/repo."""
+    def load(cls, source: str | Path, vae: str | Path = "") -> "StableDiffusion":
+        """In float32 "tiny", which ships here, "sd15", a file, a folder of diffusers, owner/repo:file or owner/repo.
+
+        `vae` is another of these places, whose VAE is taken instead; the base's own is not read, and may be missing.
+        """
         path = locate(SOURCES.get(source, source), BASE_FILES, "pass a local checkpoint with --base FILE")
-        parts = read_base(path)
+        parts = read_base(path, locate(vae, VAE_FILES, "pass a local file with --vae FILE") if vae else None)
         sizes = {"latent_scale": SD15.latent_scale} | base_sizes(*parts)
         tokenizer = read_tokenizer(path, sizes["text"].vocab_size, SD15_REPO)
         with torch.device("meta"):

@@ -39,6 +39,7 @@ def parse_arguments() -> Namespace:
     parser = options.ArgumentParser(description="Train a ControlNet on pairs of hint and picture.")
     add, positive_int, count_or_zero = parser.add_argument, options.positive_int, options.count_or_zero
     add("--base", default="tiny", help=options.BASE)
+    add("--vae", default="", help=options.VAE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
     add("--max-train-steps", type=positive_int, help=f"optimizer steps {both('max_train_steps')}")
     add("--train-batch-size", type=positive_int, help=f"of each process {both('train_batch_size')}")
@@ -87,7 +88,7 @@ def main() -> None:
 
 def prepare(args: Namespace, run: Run) -> Training:
     """Load the base, look at the pairs, make the ControlNet, and go back to where the run was."""
-    sd = StableDiffusion.load(args.base).requires_grad_(False)
+    sd = StableDiffusion.load(args.base, args.vae).requires_grad_(False)
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
     warn_if_slow(sd.unet, run.device)

@@ -27,7 +27,7 @@ ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the orde
 FOLDERS = {UNet: "unet", AutoencoderKL: "vae", CLIPTextModel: "text_encoder"}  # in a base's
 CLASSES = {UNet: "UNet2DConditionModel", AutoencoderKL: "AutoencoderKL", ControlNet: "ControlNetModel"}
 # What is fetched of a repository.
-CONTROLNET_FILES = ["config.json", FILE]
+CONTROLNET_FILES = VAE_FILES = ["config.json", FILE]
 BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/*", f"unet/{FILE}", f"vae/{FILE}",
               "text_encoder/model.safetensors"]  # fmt: skip
 

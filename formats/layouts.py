@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from clip_text import CLIPTextModel
 from names import CONTROLNET, TABLES, Rules, translate
 from support.errors import UserError
+from vae import AutoencoderKL
 
 LARGEST = 2**20  # of a tensor's sides that are taken for a network's sizes
 
@@ -37,11 +38,12 @@ class Layout:
 
 
 OFFICIAL = {network: Layout("official", rules, prefix) for network, (prefix, rules) in TABLES.items()}
-# As some trainers write the text encoder, and old merges; a ControlNet without prefix, as most are today; and our own
-# names: in checkpoints, and for the lite ablation, which no other program knows.
+# As some trainers write the text encoder, and old merges; a ControlNet and a VAE without prefix, as most are today; and
+# our own names: in checkpoints, and for the lite ablation, which no other program knows.
 SHORT = "cond_stage_model.transformer."
 SHORT_TEXT = Layout("official", TABLES[CLIPTextModel][1], SHORT, mark=f"{SHORT}final_layer_norm.weight")
 BARE = Layout("official", CONTROLNET, mark="input_hint_block.0.weight")
+BARE_VAE = Layout("official", TABLES[AutoencoderKL][1], mark="decoder.mid.attn_1.q.weight")
 OWN = Layout("own", [], mark="hint_encoder.0.weight")
 
 

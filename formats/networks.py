@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clip_text import CLIPTextModel, Tokenizer
 from controlnet import ControlNet
 from formats import diffusers
-from formats.layouts import BARE, OFFICIAL, OWN, SHORT_TEXT, Part
+from formats.layouts import BARE, BARE_VAE, OFFICIAL, OWN, SHORT_TEXT, Part
 from formats.sizes import sizes_in_metadata
 from formats.wrong_files import likely_cause
 from support.checkpoints import STATE, is_checkpoint, read_trained
@@ -21,9 +21,11 @@ from vae import AutoencoderKL
 
 LAYOUTS = {network: [layout, *diffusers.LAYOUTS[network]] for network, layout in OFFICIAL.items()}
 LAYOUTS[CLIPTextModel].append(SHORT_TEXT)
+LAYOUTS[AutoencoderKL].append(BARE_VAE)
 LAYOUTS[ControlNet] += [BARE, OWN]
 PREFIXES = tuple(layout.prefix for layout in OFFICIAL.values())
 WRAPPERS = ("_orig_mod.", "module.", "controlnet.")  # before all names: torch.compile's, DataParallel's, a trainer's
+TRAINERS = ("loss.", "model_ema.")  # what a VAE was trained with, beside it
 # CLIP's position_ids are just 0 to 76, its projection is for comparing texts with pictures.
 UNUSED = ("embeddings.position_ids", "text_projection.weight")
 
@@ -37,7 +39,7 @@ def pick(tensors: Mapping[str, Tensor], network: type[nn.Module], source: object
     while os.path.commonprefix(list(tensors)).startswith(WRAPPERS):
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     layout = next((layout for layout in LAYOUTS[network] if layout.mark in tensors), OFFICIAL[network])
-    others = () if layout.prefix else PREFIXES
+    others = () if layout.prefix else (*PREFIXES, *TRAINERS)
     own = [name for name in tensors if name.startswith(layout.prefix) and not name.startswith(others)]
     picked = {layout.ours(name): tensors[name] for name in own if not name.endswith(UNUSED)}
     return Part(picked, layout, str(source), likely_cause(tensors, network is ControlNet))
@@ -64,20 +66,21 @@ def read_network(path: Path, network: type[nn.Module]) -> Part:
     return part
 
 
-def read_base(path: Path) -> list[Part]:
-    """A base's UNet, VAE and text encoder, out of a file or of a folder in diffusers' layout.
+def read_base(path: Path, vae: Path | None = None) -> list[Part]:
+    """A base's UNet, VAE (out of `vae`, if given) and text encoder, out of a file or a folder in diffusers' layout.
 
     Each from a mapping of its own, so that one that is let go gives its memory back.
     """
-    if not path.is_dir():
-        return [read_network(path, network) for network in diffusers.FOLDERS]
-    if missing := [name for name in diffusers.FOLDERS.values() if not (path / name).is_dir()]:
+    places = {network: path / folder if path.is_dir() else path for network, folder in diffusers.FOLDERS.items()}
+    if vae:
+        places[AutoencoderKL] = vae
+    if missing := [place.name for place in places.values() if place.parent == path and not place.is_dir()]:
         raise UserError(f"{path} has no {missing[0]}/ in it, as a base's folder in diffusers' layout does: pass such a "
                         "folder, or a single file")  # fmt: skip
     schedule = path / "scheduler" / "scheduler_config.json"
     if schedule.is_file():  # the sampler that it names does not matter, the diffusion process does
         diffusers.check_settings(schedule, diffusers.SCHEDULE_DEFAULTS | read_json(schedule), diffusers.SCHEDULE)
-    return [read_network(path / folder, network) for network, folder in diffusers.FOLDERS.items()]
+    return [read_network(place, network) for network, place in places.items()]
 
 
 def read_controlnet(path: Path) -> Part:

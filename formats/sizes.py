@@ -100,7 +100,8 @@ def text_config(part: Part) -> CLIPTextConfig:
 def base_sizes(unet: Part, vae: Part, text: Part) -> dict:
     """Arguments of StableDiffusion, the scale of the latents only where the file says it."""
     sizes = {"unet": unet_config(unet), "vae": vae_config(vae), "text": text_config(text)}
-    if (scale := vae.hidden.get("latent_scale")) is None:
+    scales = [part.hidden.get("latent_scale") for part in (unet, vae)]  # the UNet's: it was trained with that
+    if (scale := next((scale for scale in scales if scale is not None), None)) is None:
         return sizes
     if not isinstance(scale, int | float) or not 0 < scale < LARGEST:
         raise UserError(f"{vae.source}: by its metadata or config.json the scale of latents is {scale!r}: correct it")

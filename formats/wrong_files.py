@@ -49,7 +49,8 @@ def likely_cause(tensors: Mapping[str, Tensor], controlnet: bool) -> str:
         return "; pass a whole ControlNet for Stable Diffusion 1.x, trained for a base of this size"
     if is_controlnet and not is_base:
         return "; this looks like a ControlNet, not a base model: pass it as a ControlNet"
-    return "; pass a Stable Diffusion 1.x with all of UNet, VAE and text encoder, in one file or diffusers' folder"
+    return ("; pass a Stable Diffusion 1.x with all of UNet, VAE and text encoder, in one file or diffusers' folder; "
+            "--vae brings a VAE alone")  # fmt: skip
 
 
 def warn_of_pooling(source: str) -> None:

@@ -13,7 +13,7 @@ from support.errors import UserError, reading, writing
 from support.files import PARTIAL, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"
-TOLD_BY_CONTENT = ("base", "data")  # options that may change, as what they name may move
+TOLD_BY_CONTENT = ("base", "vae", "data")  # options that may change, as what they name may move
 
 
 def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

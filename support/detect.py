@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.errors import UserError
+from support.errors import UserError, warn
 from support.options import count_or_zero
 
 KINDS = ("none", "canny", "scribble")
 STROKE_BLUR = 3.0  # pixels, before and after the lines are found: that of the authors' fake scribbles
 SCRIBBLE_THRESHOLDS = (30, 80)  # of the blurred picture, whose gradients are small
 SHORTEST_STROKE = 50  # pixels
+WHITE = 0.8  # or brighter: paper
 
 
 def add_options(parser: ArgumentParser, several: bool = False) -> None:
@@ -25,14 +26,16 @@ def add_options(parser: ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--canny-high", type=count_or_zero, default=200, help="upper threshold of canny (default: 200)")
 
 
-def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable[[Tensor], Tensor]:
+def detector(
+    kind: str, canny_low: int = 100, canny_high: int = 200, invert: bool = False
+) -> Callable[[Tensor], Tensor]:
     """What makes a hint, [3, H, W] of 0 and 1, from a picture [3, H, W] in [0, 1] that has its final size already.
 
-    `kind` is "none" (the picture is a hint already and stays as it is), "canny" (with the thresholds of the authors'
-    demo, by default) or "scribble".
+    `kind` is "none" (the picture is a hint already and stays as it is, unless `invert` turns it), "canny" (with the
+    thresholds of the authors' demo, by default) or "scribble".
     """
     if kind == "none":
-        return lambda picture: picture
+        return lambda picture: 1 - picture if invert else picture
     if canny_low > canny_high:  # OpenCV would swap them without a word
         raise UserError(f"--canny-low {canny_low} is above --canny-high {canny_high}: swap them")
     try:
@@ -51,8 +54,15 @@ def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable
 
 def is_inverted(hint: Tensor) -> bool:
     """Whether a hint [3, H, W] looks like dark lines on white: most of it is white, and most of its frame."""
-    frame = torch.cat([hint[:, 0], hint[:, -1], hint[..., 0], hint[..., -1]], dim=1)
-    return bool(min(frame.median(), hint.median()) > 0.5)
+    white = hint.amin(0)  # bright in all channels: hints of colours are not meant
+    frame = torch.cat([white[0], white[-1], white[:, 0], white[:, -1]])
+    return bool(min(frame.median(), white.median()) > WHITE)
+
+
+def warn_if_inverted(name: object, hint: Tensor) -> None:
+    if is_inverted(hint):
+        warn(f"{name}: the hint is dark on white, ControlNets are trained with white on black: turn it (sample.py "
+             "--invert)")  # fmt: skip
 
 
 def scribble(pixels: np.ndarray) -> np.ndarray:

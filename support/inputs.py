@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.batches import EncodedPairs
+from support.detect import warn_if_inverted
 from support.devices import describe, usable_cpus
 from support.errors import UserError, warn_if_cut
 from support.files import locked, read_json, save_json
@@ -30,6 +31,7 @@ def open_inputs(run: Run, sd, pairs, held_out) -> EncodedPairs:
             inputs += [(some.name(i), checksum) for i, checksum in enumerate(checksums)]
         remember(run.folder / "inputs.json", inputs, describe(run.device), run.checkpoint is not None)
         warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
+        warn_if_inverted(pairs.name(0), pairs.hint(0))
     precision = "bf16" if run.args.mixed_precision == "bf16" else "float32"  # in fp16 the VAE can overflow
     encoder = f"{base['VAE']} {pairs.resolution} {precision}"
     return EncodedPairs(pairs, contents, run.folder / "cache" / "moments", encoder, sd.vae.config.latent_channels)

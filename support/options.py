@@ -43,6 +43,7 @@ def one_each(name: str, values: list, default, controlnets: int) -> list:
 
 # Help texts that several programs share.
 BASE = "tiny (ships here; the default), sd15 (fetched once), a file, a folder, owner/repo:file"
+VAE = "one to take instead of the base's: a file, a folder, owner/repo:file or owner/repo"
 CONTROLNET = "a file, a folder, owner/repo:file or owner/repo"
 
 

@@ -44,13 +44,14 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
         axis.grid(alpha=0.3)
         if field == "hint_sensitivity":
             axis.set_yscale("log")
-    for i, (label, history) in enumerate(histories.items()):
+    for i, (name, history) in enumerate(histories.items()):
+        label = name.replace("$", r"\$")  # else it begins a formula
         for axis, field in zip(axes, panels):
             steps, values = curve(history, field)
             axis.plot(steps, values, f"C{i}", linewidth=1, marker="." if len(values) < 60 else "", label=label)
             if field == "iou":
                 axis.plot(*curve(history, "ious"), f"C{i}", linewidth=0.4, alpha=0.5)
-            for style, step in marks[label].items():
+            for style, step in marks[name].items():
                 if step is not None:
                     axis.axvline(step, color=f"C{i}", linestyle=style, linewidth=0.8)
     axes[-1].set_xlabel("optimizer step")

@@ -19,12 +19,13 @@ from support import checkpoints, options
 from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
-from support.files import PARTIAL, clear, locked, save_json
+from support.files import PARTIAL, clear, flush, locked, save_json
 from support.log import Log, write_log
 
 WHAT_A_RUN_LEAVES = (CONFIG, "log.jsonl", "checkpoints", "controlnet.safetensors")
 # What a terminal sends to all processes of a program: Ctrl-C, and its own end, which Windows does not tell.
 SENT_BY_TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+OUT_OF_TIME = [signal.SIGXCPU] if hasattr(signal, "SIGXCPU") else []  # of a processor's, by ulimit or a batch system
 
 
 def ignore_terminal(worker: int) -> None:
@@ -89,8 +90,8 @@ class Run:
         with self.exits:
             if isinstance(error, Exception) and self.unsaved:
                 with contextlib.suppress(Exception):  # the error that ended the run is the one to tell
-                    self.save()
                     write_log(self.folder / "log.jsonl", self.history)
+                    self.save()
                     self.say(f"saved step {self.step}: go on with --resume-from-checkpoint latest")
             if error is None and self.processes > 1:  # after an error, the others would be waited for
                 distributed.destroy_process_group()
@@ -129,8 +130,9 @@ class Run:
             none = f"{self.folder} has no checkpoint yet: starting at step 0"
             self.say(f"resuming from {self.checkpoint}" if self.checkpoint else none)
             for name in checkpoints.TOLD_BY_CONTENT:
-                if saved[name] != self.config[name]:
-                    self.say(f"--{name} was {saved[name]}: what counts is that {self.config[name]} holds the same")
+                before, now = saved.get(name, self.config[name]), self.config[name]
+                if before != now:
+                    self.say(f"--{name} was {before or None}, is {now or None}: what counts is that it holds the same")
         if self.writes:
             for part in (".", "cache", "checkpoints", "previews", "snapshots"):
                 clear(self.folder / part, PARTIAL)
@@ -164,9 +166,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, with a progress bar.
 
-        Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second Ctrl-C or SIGTERM stops at once.
+        Ctrl-C, SIGTERM, SIGHUP and SIGXCPU end them after the step in hand; a second Ctrl-C or SIGTERM stops at once.
         """
-        for number in (signal.SIGTERM, *SENT_BY_TERMINAL):
+        for number in (signal.SIGTERM, *OUT_OF_TIME, *SENT_BY_TERMINAL):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self.exits.callback(signal.signal, number, signal.signal(number, self.ask_to_stop))
         last = self.args.max_train_steps
@@ -217,6 +219,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the last step."""
         self.unsaved = False  # if this fails it would fail again
+        flush(self.folder / "log.jsonl")  # on the disk before a checkpoint that it has to lead to
         limit = self.args.checkpoints_total_limit
         checkpoints.save_checkpoint(self.folder / "checkpoints", self.step, *self.state, self.config, limit)
 
@@ -225,5 +228,6 @@ class Run:
         if self.step < args.max_train_steps:
             self.say(f"stopped at step {self.step}: the same command and --resume-from-checkpoint latest go on from it")
         else:
-            place = f"--base {args.base} --controlnet {result} --resolution {args.resolution}"
+            base = f"--base {args.base}" + f" --vae {args.vae}" * bool(args.vae)
+            place = f"{base} --controlnet {result} --resolution {args.resolution}"
             self.say(f"now: python sample.py {place} --control-mode conditional --hint HINT.png --prompt PROMPT")

@@ -116,8 +116,11 @@ def history(steps, iou_every):
 
 
 def test_plots_of_logs(tmp_path, monkeypatch, capsys):
-    """A panel for what was logged: also without previews, from the middle on, or of nothing."""
-    logs = {"whole": history(60, 20), "no previews": history(60, 100), "later": history(60, 20)[25:], "empty": []}
+    """A panel for what was logged: also without previews, from the middle on, or of nothing.
+
+    A name is shown as it is: `$` begins no formula.
+    """
+    logs = {"whole": history(60, 20), r"no $\previews$": history(60, 100), "later": history(60, 20)[25:], "empty": []}
     heights = {}
     for name, of in {"all": logs, "loss": {"run": [{"step": 1, "loss": 0.1}]}, "nothing": {"empty": []}}.items():
         plot_convergence(of, tmp_path / f"{name}.png")

@@ -12,10 +12,11 @@ from standin import SAMPLE, run_main
 
 import sample
 from controlnet import ControlNet
+from data import DrawnImages
 from stable_diffusion import StableDiffusion
-from support.detect import detector
+from support.detect import detector, is_inverted
 from support.errors import UserError
-from support.pictures import fit_image, open_image, read_strip
+from support.pictures import fit_image, open_image, read_strip, save_picture, to_picture
 from weights import save_controlnet
 
 TARGET = SAMPLE / "target" / "0.png"  # a disc: its edge is the ring of source/0.png
@@ -77,3 +78,21 @@ def test_each_hint_has_its_detector(nano, tmp_path, monkeypatch):
     assert (second - (fit_image(open_image(ready), 64) * 2 - 1)).abs().max() <= 0.5 / 127.5 + 1e-6  # 8 bits
     settings = json.loads(Image.open(tmp_path / "out-0.png").text["settings"])
     assert (settings["detect"], settings["canny_low"], settings["canny_high"]) == (["canny", "none"], 50, 90)
+
+
+def test_a_hint_that_is_dark_on_white(nano, tmp_path, monkeypatch, capsys):
+    """It is named, unless it is turned; what is white inside or at its frame alone is not, nor are colours."""
+    hint = fit_image(open_image(SAMPLE / "source" / "0.png"), 64)
+    framed, palettes = torch.ones_like(hint), DrawnImages(50, 64, palette=True)
+    framed[:, 1:-1, 1:-1] = 0
+    assert is_inverted(1 - hint) and is_inverted(0.9 - 0.9 * hint)
+    assert not any(is_inverted(other) for other in (hint, framed, 1 - framed, *map(palettes.hint, range(50))))
+    save_picture(to_picture(1 - hint * 2), tmp_path / "dark.png")
+    save_controlnet(ControlNet.from_unet(StableDiffusion.load(nano).unet, (4, 4, 4, 4)), tmp_path / "c.safetensors")
+    options = ["--base", nano, "--controlnet", tmp_path / "c.safetensors", "--hint", tmp_path / "dark.png", "--steps",
+               "1", "--resolution", "64", "--output", tmp_path / "out.png"]  # fmt: skip
+    for turned, warnings in (([], 1), (["--invert"], 0)):
+        run_main(monkeypatch, sample, *options, *turned)
+        assert capsys.readouterr().err.count(f"warning: {tmp_path / 'dark.png'}: the hint is dark on white") == warnings
+    shown, _ = read_strip(tmp_path / "out.png", 2)
+    assert (shown - (hint * 2 - 1)).abs().max() <= 2 / 127.5  # rounded to 8 bits twice

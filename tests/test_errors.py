@@ -84,6 +84,7 @@ MISTAKES = {
     "sample --controlnet x --hint {}/a.png --strength 1 --strength 2": "2 --strength, 1 --controlnet: give one",
     "sample --output out.jpg": "--output out.jpg: must end in .png",
     "sample --base NANO --output {}/a_file/out.png --resolution 64": "a_file .*choose another folder",
+    "sample --base NANO --vae {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "sample --control-start 0.6 --control-end 0.4": "--control-start 0.6 is after --control-end 0.4: swap",
     "sample --controlnet x --hint {}/a.png --detect canny --canny-low 201": "--canny-low 201 is above .*200: swap",
     "sample --base NANO --controlnet runs/nowhere --hint {}/a.png": "runs/nowhere: no such file",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from standin import ROOT, SAMPLE, HostilePickle, read_run, same_tensors
 
 import support.files
+import support.run
 import train
 from stable_diffusion import StableDiffusion
 from support.checkpoints import load_checkpoint, save_checkpoint
@@ -120,6 +121,7 @@ def test_the_terminal_goes_away(quick, tmp_path):
     os.close(write)
     os.close(read)
     wait_for_steps(process, tmp_path, 3)
+    os.kill(process.pid, signal.SIGXCPU)  # and its time is up
     for _ in range(2):
         os.killpg(process.pid, signal.SIGHUP)
     try:
@@ -217,7 +219,7 @@ def test_a_log_that_is_not_all_a_log(four, capsys):
     assert "log.jsonl: 6 of 10 lines are no entries and left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["nothing", "hint", "target", "prompt", "fewer", "base"])
+@pytest.mark.parametrize("what", ["nothing", "hint", "target", "prompt", "fewer", "base", "vae"])
 def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_path, monkeypatch, capsys):
     """The same ones under another name are the same training; others, whatever they are called, are refused by name."""
     (tmp_path / "as-it-was").mkdir()
@@ -239,14 +241,20 @@ def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_
     elif what == "base":
         rewrite(base, lambda tensors: tensors["model.diffusion_model.out.2.bias"].add_(0.125))
         changed = "the base's UNet"
+    elif what == "vae":
+        rewrite(base, lambda tensors: tensors["first_stage_model.quant_conv.bias"].add_(0.125))
+        changed = "the base's VAE"
     elif what != "nothing":
         part = data / {"hint": "source", "target": "target"}[what]
         shutil.copy(part / "0.png", part / "1.png")
     options = ["--data", f"{data}/", "--base", base, "--max-train-steps", "4", *LATEST]
+    if what in ("nothing", "vae"):  # where the VAE comes from does not matter either
+        shutil.copy(base if what == "vae" else nano, "vae.safetensors")
+        options += ["--base", nano, "--vae", "vae.safetensors"]
     if what == "nothing":
         trained(*options)
-        assert f"--data was pairs: what counts is that {data}/ holds the same" in capsys.readouterr().out
-        assert json.loads((folder / "config.json").read_text())["base"] == str(base)
+        assert f"--data was pairs, is {data}/: what counts is that it holds the same" in capsys.readouterr().out
+        assert json.loads((folder / "config.json").read_text())["base"] == str(nano)
         assert read_run(folder) == read_run(four_steps)
     else:
         with pytest.raises(UserError, match=f"({changed}) is not what .* was trained with: restore it"):
@@ -379,11 +387,19 @@ def test_previews_of_a_run_that_died_are_not_taken_for_its_own(trained, tmp_path
     assert (previews / "step-0 copy.png").exists()
 
 
+def test_the_log_is_on_the_disk_before_its_checkpoint(trained, monkeypatch):
+    order, flush, save = [], support.run.flush, save_checkpoint
+    monkeypatch.setattr("support.run.flush", lambda path: order.append(path.name) or flush(path))
+    monkeypatch.setattr("support.checkpoints.save_checkpoint", lambda *what: order.append("checkpoint") or save(*what))
+    trained("--max-train-steps", "1")
+    assert order == ["log.jsonl", "checkpoint"]
+
+
 def test_what_may_change_on_resume(monkeypatch):
     """Every option says for itself whether it decides the result; these do."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.parse_arguments().deciding == [
-        "base", "data", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+        "base", "vae", "data", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
         "cooldown", "proportion_empty_prompts", "resolution", "seed", "mixed_precision", "validation_hints",
         "hint_init", "connection", "copy", "only_mid_control", "unlock_decoder",
     ]  # fmt: skip

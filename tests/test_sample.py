@@ -11,6 +11,7 @@ from diffusion import NoiseSchedule
 from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
 from support.devices import PRECISIONS, sampling_precision
+from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip
 from weights import save_controlnet
 
@@ -92,6 +93,12 @@ def test_the_four_words_of_the_command_line(mode, controlnet, tmp_path, monkeypa
 def test_hints_that_are_not_one_for_each_prompt_are_refused(tiny, controlnet, hint):
     with pytest.raises(ValueError, match="2 prompts"):
         generate(tiny, [controlnet], [hint], ["", ""], steps=1)
+
+
+@pytest.mark.parametrize("beyond", [{"strengths": [1e30]}, {"guidance_scale": 1e30}])
+def test_a_latent_that_is_not_finite_is_no_picture(beyond, tiny, controlnet, hint):
+    with pytest.raises(UserError, match="is not finite: take a --strength and a --guidance-scale nearer to 1"):
+        generate(tiny, [controlnet], [hint], ["red circle"], steps=2, **beyond)
 
 
 def test_two_controlnets_add_up(tiny, controlnet, hint):

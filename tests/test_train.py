@@ -11,7 +11,7 @@ from support.command import run_command_line
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from standin import SAMPLE, read_run
 
 import convergence
@@ -211,6 +211,13 @@ def test_a_prompt_that_is_cut(pairs, trained, capsys):
     trained("--data", pairs, "--max-train-steps", "2")
     warning = f"warning: 1 of 4 prompts are too long; {pairs / 'prompt.json'} line 2 is cut from: circle"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_hints_that_are_dark_on_white(pairs, trained, capsys):
+    for path in (pairs / "source").glob("*.png"):
+        ImageOps.invert(Image.open(path).convert("RGB")).save(path)
+    trained("--data", pairs, "--max-train-steps", "1")
+    assert capsys.readouterr().err.count(f"warning: {pairs / 'prompt.json'} line 1: the hint is dark on white") == 1
 
 
 def test_only_mid_control(nano, trained):

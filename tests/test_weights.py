@@ -337,6 +337,35 @@ def test_files_that_are_no_base(controlnet, nano, tmp_path):
     assert same_state(StableDiffusion.load(path), StableDiffusion.load(nano))  # old merges have these names
 
 
+@pytest.mark.parametrize("form", ["alone", "of a trainer", "a whole base", "a folder"])
+def test_a_vae_of_ones_own(form, nano, diffusers_base, tmp_path):
+    """It is taken for the base's, which may lack one."""
+    prefix, path, (tensors, metadata) = "first_stage_model.", tmp_path / "vae.safetensors", read_tensors(nano)
+    other = {name: tensor + 0.125 * name.startswith(prefix) for name, tensor in tensors.items()}
+    said = {"config": json.dumps(json.loads(metadata["config"]) | {"latent_scale": 0.5})}  # the base's counts
+    if form == "a folder":
+        path = shutil.copytree(diffusers_base / "vae", tmp_path / "vae")
+        saved = {name: tensor + 0.125 for name, tensor in read_tensors(path / FILE)[0].items()}
+        save_file(saved, path / FILE)
+    elif form == "a whole base":
+        save_tensors(other, path, said)
+    else:
+        alone = {name.removeprefix(prefix): tensor for name, tensor in other.items() if name.startswith(prefix)}
+        trainers = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+        save_tensors(alone | (trainers if form == "of a trainer" else {}), path, said)
+    base = tmp_path / "base.safetensors"
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    save_tensors(rest, base, metadata)
+    shutil.copy(nano.parent / "merges.txt", tmp_path)
+    assert "first_stage_model.encoder.conv_in.weight is missing" in refusal(StableDiffusion.load, base)
+    sd, whole = StableDiffusion.load(base, path), StableDiffusion.load(nano)
+    assert sd.latent_scale == whole.latent_scale == 1
+    assert same_state(sd.unet, whole.unet) and same_state(sd.text_encoder, whole.text_encoder)
+    for name, tensor in whole.vae.state_dict().items():
+        assert torch.equal(sd.vae.state_dict()[name], tensor + 0.125)
+    assert same_state(StableDiffusion.load(diffusers_base, path).vae, sd.vae)
+
+
 def test_shuffle_is_named_once(controlnet, tmp_path, monkeypatch, capsys):
     path = tmp_path / "control_v11e_sd15_shuffle.safetensors"
     save_controlnet(controlnet, path)
