@@ -33,8 +33,6 @@ def detector(kind: str, canny_low: int = 100, canny_high: int = 200) -> Callable
     """
     if kind == "none":
         return lambda picture: picture
-    if canny_low > canny_high:  # OpenCV would swap them without a word
-        raise UserError(f"--canny-low {canny_low} is above --canny-high {canny_high}: swap them")
     try:
         import cv2
     except ImportError:
