@@ -156,8 +156,7 @@ def milestones(history: list[dict]) -> list[str]:
     if "hint_gap" in entry and growth_step(history) == entry["step"]:
         lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
     if "hint_gap" in entry and jump_step(history) == entry["step"]:
-        lines.append("the jump: another pair's hint raises the held-out loss by half, samples begin to follow their "
-                     "hints")  # fmt: skip
+        lines.append("the jump: another pair's hint raises the held-out loss by half")
     if "iou" in entry:
         lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
                      f"{entry['followed']:.0%} of hints followed")  # fmt: skip
@@ -177,9 +176,7 @@ def measure(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int
     for i in range(len(pairs)):
         generator, own, other = generator_for(seed, HELD_OUT, i), pairs.hint(i), pairs.other_hint(i)
         if torch.equal(own, other):
-            raise UserError(
-                f"{pairs.name(i)} has the hint of all {len(pairs)} pairs, and needs another: pass others with --data"
-            )
+            raise UserError(f"{pairs.name(i)}: all {len(pairs)} pairs have the same hint: pass others with --data")
         t = (torch.arange(bands) * WIDTH + torch.randint(WIDTH, (bands,), generator=generator)).to(sd.device)
         moments = sd.vae.encode(pairs.image(i)[None].to(sd.device)).expand(bands, -1, -1, -1)
         noise, eps = (torch.randn(moments[:, :4].shape, generator=generator).to(sd.device) for _ in range(2))

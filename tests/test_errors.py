@@ -148,15 +148,6 @@ def test_types_of_options(accepts, good, bad, told):
             accepts(text)
 
 
-def test_through_the_shell(place, nano, tmp_path):
-    """From a process that loads pictures, too."""
-    line = [sys.executable, ROOT / "train.py", *command("--base NANO --data {}/cut --num-workers 1", place, nano)]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
-    assert "prompt.json line 1" in error and "cut.png is damaged" in error
-
-
 @pytest.mark.parametrize("ending", ["> /dev/full 2>&1", "2>&1 | true", ">&- 2>&-", "> ascii.txt"])
 def test_nobody_reads_the_output(ending, tmp_path):
     """Or a terminal that knows ASCII alone does: the work goes on."""

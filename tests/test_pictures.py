@@ -9,8 +9,6 @@ from PIL import Image, ImageCms
 
 from support.errors import UserError
 from support.pictures import (
-    MARGIN,
-    contact_sheet,
     fit_image,
     open_image,
     read_strip,
@@ -22,13 +20,6 @@ from support.pictures import (
 
 def test_to_picture():
     assert to_picture(torch.tensor([[[-1.0]], [[0.0]], [[2.0]]])).getpixel((0, 0)) == (0, 128, 255)
-
-
-def test_contact_sheet():
-    sheet = contact_sheet({"black": -torch.ones(2, 3, 64, 64), "white": torch.ones(2, 3, 64, 64)}, ["one", "two"])
-    assert sheet.size == (MARGIN + 2 * 64, 2 * 64 + 64)
-    assert sheet.getpixel((MARGIN + 64 + 5, 5)) == (0, 0, 0)
-    assert sheet.getpixel((MARGIN + 64 + 5, 64 + 5)) == (255, 255, 255)
 
 
 def test_a_strip_is_read_back(tmp_path):
