@@ -20,11 +20,8 @@ IMAGE_FOLDER = (
     ("conditioning_image", "conditioning_image_file_name"), ("file_name", "image", "image_file_name"),
     ("text", "caption"),
 )  # fmt: skip
-LAYOUTS = {
-    "prompt.json": (("source",), ("target",), ("prompt",)),
-    "metadata.jsonl": IMAGE_FOLDER,
-    "metadata.csv": IMAGE_FOLDER,
-}
+LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
+LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
 UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
     "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
     "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('FOLDER')['train'])]"

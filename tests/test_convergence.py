@@ -149,7 +149,7 @@ def test_known_answers(sd):
     assert torch.equal(silent.loss["none"], heard.loss["none"])
     assert not torch.equal(silent.loss["own"], heard.loss["own"])
     trained.middle_zero_conv.weight.data *= 1e38
-    assert verdict(measure(sd, trained, pairs)).startswith("its predictions are not finite")
+    assert verdict(measure(sd, trained, DrawnImages(2, 64))).startswith("its predictions are not finite")
 
 
 def figures(added: Tensor, moved: float, pairs: int = 8) -> Measurement:
