@@ -7,7 +7,6 @@ all of them on HeldOut pairs; `python convergence.py --controlnet FILE|RUN` the 
 
 import math
 import re
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +26,7 @@ from sample import generate, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
-from support.errors import UserError
+from support.errors import UserError, warn
 from support.files import read_json
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
 from support.plot import plot_checkpoints, plot_logs
@@ -157,8 +156,7 @@ def milestones(history: list[dict]) -> list[str]:
     if "hint_gap" in entry and growth_step(history) == entry["step"]:
         lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
     if "hint_gap" in entry and jump_step(history) == entry["step"]:
-        lines.append("the jump: another pair's hint raises the held-out loss by half, samples begin to follow their "
-                     "hints")  # fmt: skip
+        lines.append("the jump: another pair's hint raises the held-out loss by half")
     if "iou" in entry:
         lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
                      f"{entry['followed']:.0%} of hints followed")  # fmt: skip
@@ -240,13 +238,11 @@ def main() -> None:
     else:
         all_pairs = PairedImages(args.data, args.resolution)
         pairs, spared = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10  # at most: data.open_pairs
-    if len(pairs) < 2:
-        raise UserError(f"{args.data} has one pair only: another pair's hint is needed too")
     if "data" in trained_with and Path(trained_with["data"]).resolve() == Path(args.data).resolve():
         unseen = min(trained_with["validation_hints"], spared)
         if args.data not in DRAWN_PAIRS and unseen < len(pairs):
-            print(f"warning: it was trained on these pairs but for the last {unseen}, and looks better than it is: "
-                  "train with more --validation-hints, or take fewer --pairs", file=sys.stderr)  # fmt: skip
+            warn(f"it was trained on these pairs but for the last {unseen}, and looks better than it is: train with "
+                 "more --validation-hints, or take fewer --pairs")  # fmt: skip
     warn_if_slow(sd.unet, device)
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")

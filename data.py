@@ -30,9 +30,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.8 * radius
-    if shape == "triangle":  # equilateral, pointing up; y grows downwards
-        return np.maximum(y, abs(x) * np.sqrt(3) / 2 - y / 2) - 0.6 * radius
-    raise ValueError(f"no such shape: {shape}")
+    return np.maximum(y, abs(x) * np.sqrt(3) / 2 - y / 2) - 0.6 * radius  # an equilateral triangle; y grows downwards
 
 
 def draw_outline(distance: np.ndarray) -> Image.Image:
@@ -110,30 +108,29 @@ class PairedImages(Pairs):
     """A folder of pairs, in one of the layouts of support/listing.py; pictures are opened when they are asked for."""
 
     def __init__(self, root: str | Path, resolution: int):
-        self.resolution = resolution
-        self.places, self.hints, self.targets, self.prompts = read_listing(Path(root))
+        self.resolution, self.entries = resolution, read_listing(Path(root))
+        self.prompts = [entry.prompt for entry in self.entries]
 
     def select(self, indices: slice) -> "PairedImages":
         some = copy(self)
-        for part in ("places", "hints", "targets", "prompts"):
-            setattr(some, part, getattr(self, part)[indices])
+        some.entries, some.prompts = self.entries[indices], self.prompts[indices]
         return some
 
     def pictures(self, index: int) -> tuple[Image.Image, Image.Image]:
-        return open_pair(self.places[index], self.hints[index], self.targets[index])
+        return open_pair(self.entries[index])
 
     def hint(self, index: int) -> Tensor:  # without its target, which is encoded once and not read again
-        return fit_image(open_image(self.hints[index]), self.resolution)
+        return fit_image(open_image(self.entries[index].hint), self.resolution)
 
     def name(self, index: int) -> str:
-        return self.places[index]
+        return self.entries[index].place
 
     def files(self, index: int) -> list[Path]:
-        return [self.hints[index], self.targets[index]]
+        return [self.entries[index].hint, self.entries[index].target]
 
     def content(self, index: int) -> str:
         """Raises UserError when the pair is seen to be broken, without decoding it whole."""
-        return content_of_pair(self.places[index], self.hints[index], self.targets[index])
+        return content_of_pair(self.entries[index])
 
 
 class DrawnImages(Pairs):

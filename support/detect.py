@@ -36,8 +36,6 @@ def detector(
     """
     if kind == "none":
         return lambda picture: 1 - picture if invert else picture
-    if canny_low > canny_high:  # OpenCV would swap them without a word
-        raise UserError(f"--canny-low {canny_low} is above --canny-high {canny_high}: swap them")
     try:
         import cv2
     except ImportError:

@@ -24,14 +24,12 @@ def choose_device(name: str | None, tune: bool = True) -> torch.device:
     A CPU is tuned for repeatable sums and for memory that is used again, unless `tune` is False.
     """
     try:
-        launched = "LOCAL_RANK" in os.environ and (name or "cuda").startswith("cuda")
-        if torch.cuda.is_available() and (launched or name in (None, "cuda")):
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        else:
-            device = torch.empty(0, device=name or "cpu").device
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.empty(0, device=own if name == "cuda" else name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for what asks for "cuda" alone
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}): leave it out, or take cpu") from None
     if device.type == "cpu" and tune:

@@ -4,7 +4,6 @@ Whatever reads, writes or checks raises UserError where it notices; the docstrin
 """
 
 import contextlib
-import errno
 import functools
 import re
 import sys
@@ -15,7 +14,6 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|_ALLOC_FAILED|could not create a primitive")  # oneDNN's words
-REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EMFILE: "allow more open files (ulimit -n)"}
 # What damaged files make their readers raise; AttributeError, TypeError and others are bugs.
 DAMAGE = (OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError)
 
@@ -45,7 +43,7 @@ def explain(error: OSError, path: str | Path = "") -> str:
     """The line for an error of the operating system: where, what, what to do."""
     place = f"{error.filename or path}: ".removeprefix(": ")
     reason = (error.strerror or str(error)).lower()
-    return f"{place}{reason}; {REMEDIES.get(error.errno, 'correct the path or its permissions')}"
+    return f"{place}{reason}; correct the path or its permissions, or make room"
 
 
 @contextlib.contextmanager

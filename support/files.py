@@ -27,7 +27,6 @@ NO_WEIGHTS = {  # how a file begins -> what it is, and what to do
     b"<": "a web page that was saved under that name: download the file itself",
     b"": f"no file of weights: these are read from {', '.join(WEIGHT_FILES)} files",
 }
-ENDS = 2**15  # bytes of a large picture's beginning and end that `fingerprint` looks at
 PARTIAL = ".partial-"  # begins the name of what is not written to its end
 
 
@@ -45,8 +44,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with reading(path, "safetensors file"), safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle alone, as PyTorch once wrote
-        # PyTorch would take a file of that name for the other kind, and it maps only what it opens by name.
-        return read_pickled(path, mmap=start.startswith(b"PK") and path.suffix != ".safetensors"), {}
+        return read_pickled(path, mmap=start.startswith(b"PK")), {}
     start = start.lstrip()
     raise UserError(f"{path} is {next(what for begins, what in NO_WEIGHTS.items() if start.startswith(begins))}")
 
@@ -55,8 +53,7 @@ def read_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
     """The tensors of a file that PyTorch wrote, from its top or the part where trainers keep the model."""
     with warnings.catch_warnings(action="ignore"), reading(path, "PyTorch file", damage=Exception):
         try:
-            with open(path, "rb") as file:
-                parts = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            parts = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
             raise UserError(f"{path} holds more than tensors, and opening such a file can run code: use its "
                             ".safetensors version (or it is no PyTorch file at all)") from None  # fmt: skip

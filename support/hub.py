@@ -8,15 +8,13 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from support.errors import UserError, reading, writing
 from support.files import WEIGHT_FILES, locked
 
 
 @contextlib.contextmanager
 def fetching(what: str, repo: str, advice: str) -> Iterator[None]:
-    """Around the hub's library: whatever it raises becomes a UserError that ends with `advice`."""
+    """Around the hub's library: whatever it raises becomes a UserError that ends with `advice`, how to do without."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its warnings at each of five tries would bury the one line below
@@ -28,18 +26,12 @@ def fetching(what: str, repo: str, advice: str) -> Iterator[None]:
 
 
 def fetch(repo: str, file: str, advice: str) -> Path:
-    """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar.
-
-    `advice` says how to do without.
-    """
+    """A file of a Hugging Face repository, from the hub's cache or else downloaded into it, with a progress bar."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with fetching(file, repo, advice):
         cached = try_to_load_from_cache(repo, file)
-        if isinstance(cached, str):
-            return Path(cached)
-        print(f"fetching {file} from huggingface.co/{repo}")
-        return Path(hf_hub_download(repo, file))
+        return Path(cached if isinstance(cached, str) else hf_hub_download(repo, file))
 
 
 def locate(source: str | Path, files: list[str], advice: str) -> Path:
@@ -64,16 +56,14 @@ def locate(source: str | Path, files: list[str], advice: str) -> Path:
 
 def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str) -> Path:
     """A zip file of a Hugging Face repository, unpacked once into `folder`: the part of it that `contains` a file."""
-    if (folder / contains).is_file():
-        return folder
-    archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"
-    lock = folder.absolute().with_name(f".{folder.name}.lock")  # of several processes one unpacks it
-    with locked(lock), tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+    lock = folder.absolute().with_name(f".{folder.name}.lock")  # of several processes one fetches it
+    with locked(lock), tempfile.TemporaryDirectory(dir=lock.parent) as temporary:
         if (folder / contains).is_file():
             return folder
+        archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"
         with reading(archive, "zip file", remedy, damage=Exception), zipfile.ZipFile(archive) as file:
-            for name in tqdm(file.namelist(), desc=f"unpacking {archive.name}", unit="file"):
-                file.extract(name, temporary)  # inside it, whatever the name
+            print(f"unpacking {archive.name}")
+            file.extractall(temporary)  # inside it, whatever the names
         found = next(Path(temporary).rglob(contains), None)
         if found is None:
             raise UserError(f"{archive} has no {contains} in it: {remedy}")

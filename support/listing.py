@@ -1,7 +1,6 @@
 """Folders of pairs: a listing and the pictures that it names, or pictures of equal names beside their captions."""
 
 import codecs
-import contextlib
 import csv
 import hashlib
 import io
@@ -9,22 +8,20 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from support.errors import UserError, reading
-from support.pictures import MOST_OBLONG, is_picture, open_image
+from support.pictures import is_picture, open_image, sound_size
 
 # Listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images.
 IMAGE_FOLDER = (
     ("conditioning_image", "conditioning_image_file_name"), ("file_name", "image", "image_file_name"),
     ("text", "caption"),
 )  # fmt: skip
-LAYOUTS = {
-    "prompt.json": (("source",), ("target",), ("prompt",)),
-    "metadata.jsonl": IMAGE_FOLDER,
-    "metadata.csv": IMAGE_FOLDER,
-}
+LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
+LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
 UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
     "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
     "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('FOLDER')['train'])]"
@@ -32,11 +29,20 @@ UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name rea
 BROKEN_SHOWN = 20
 
 
-def read_listing(root: Path) -> tuple[list[str], list[Path], list[Path], list[str]]:
-    """Where each pair is listed, its hint, its target, its prompt. Both files exist; they are not opened yet."""
+class Entry(NamedTuple):
+    """A pair: where it is listed, and what there."""
+
+    place: str
+    hint: Path
+    target: Path
+    prompt: str
+
+
+def read_listing(root: Path) -> list[Entry]:
+    """The pairs of a folder. Their files exist; they are not opened yet."""
     listing = find_listing(root, LAYOUTS)
     pairs = read_entries(listing, *LAYOUTS[listing.name]) if listing else pair_by_name(root)
-    return tuple(map(list, zip(*pairs)))
+    return [Entry(*pair) for pair in pairs]
 
 
 def find_listing(root: Path, names: Iterable[str]) -> Path | None:
@@ -134,9 +140,7 @@ def read_caption(picture: Path) -> str:
     return " ".join(read_text(text).split())
 
 
-def collect(
-    items: Iterable[tuple], read: Callable, source: str | Path, what: str = "entries are broken"
-) -> list[tuple]:
+def collect(items: Iterable[tuple], read: Callable, source: str | Path) -> list[tuple]:
     """(place, read(item)) of each (place, item). A UserError shows those that can't be read."""
     done, broken = [], []
     for place, item in items:
@@ -144,27 +148,28 @@ def collect(
             done.append((place, read(item)))
         except UserError as error:
             broken.append(f"{place}: {error}")
-    refuse_broken(broken, len(done) + len(broken), source, what)
+    refuse_broken(broken, len(done) + len(broken), source)
     return done
 
 
-def refuse_broken(broken: list[str], count: int, source: str | Path, what: str = "entries are broken") -> None:
-    """Raise UserError if any of `count` entries is broken, or `what` else is wrong with it."""
+def refuse_broken(broken: list[str], count: int, source: str | Path) -> None:
+    """Raise UserError that shows what is wrong with some of `count` entries, if there are any."""
     if len(broken) == 1:
         raise UserError(broken[0])
     if broken:
-        raise UserError(f"{source}: {len(broken)} of {count} {what}; correct or remove them", *broken[:BROKEN_SHOWN])
+        told = f"{source}: {len(broken)} of {count} entries are broken; correct or remove them"
+        raise UserError(told, *broken[:BROKEN_SHOWN])
 
 
-def open_pair(place: str, hint_path: Path, target_path: Path) -> tuple[Image.Image, Image.Image]:
-    """Hint and target, which have the same proportions; their sizes may differ. An error names `place`."""
+def open_pair(pair: Entry) -> tuple[Image.Image, Image.Image]:
+    """Hint and target, which have the same proportions; their sizes may differ. An error names the pair's place."""
     try:
-        hint, target = open_image(hint_path), open_image(target_path)
+        hint, target = open_image(pair.hint), open_image(pair.target)
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{pair.place}: {error}") from None
     if not alike(hint.size, target.size):
-        sizes = "{}x{}, target {} {}x{}".format(*hint.size, target_path.name, *target.size)
-        raise UserError(f"{place}: hint {hint_path.name} is {sizes}; crop them alike")
+        sizes = "{}x{}, target {} {}x{}".format(*hint.size, pair.target.name, *target.size)
+        raise UserError(f"{pair.place}: hint {pair.hint.name} is {sizes}; crop them alike")
     return hint, target
 
 
@@ -174,27 +179,16 @@ def alike(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(width * other_height - height * other_width) <= 0.01 * width * other_height
 
 
-def content_of_pair(place: str, hint_path: Path, target_path: Path) -> str:
-    """The contents of both files as checksums. Raises UserError that names `place` when a picture is of no use.
+def content_of_pair(pair: Entry) -> str:
+    """The contents of both files as checksums. Raises UserError that names the pair when a picture is of no use.
 
     Thousands are looked at before a training, so only what looks odd is decoded whole; that is then the last word.
     """
     contents = []
-    for path in (hint_path, target_path):
+    for path in (pair.hint, pair.target):
         with reading(path, "picture"):
             contents.append(path.read_bytes())
     sizes = [sound_size(content) for content in contents]
     if None in sizes or not alike(*sizes):
-        open_pair(place, hint_path, target_path)
+        open_pair(pair)
     return " ".join(hashlib.sha256(content).hexdigest() for content in contents)
-
-
-def sound_size(content: bytes) -> tuple[int, int] | None:
-    """The size of a PNG or JPEG that seems whole: its checksums fit, or its last scan has an end. None for others."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
-        usual = image.mode not in ("I", "F") and max(image.size) <= MOST_OBLONG * min(image.size)
-        if image.format == "PNG":
-            image.verify()  # which raises what differs from a checksum
-        elif content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):  # end of image, start of scan
-            return None
-        return image.size if usual else None

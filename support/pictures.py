@@ -1,9 +1,9 @@
 """Pictures in and out: any file to a tensor of the right size, and tensors to PNGs and contact sheets."""
 
+import contextlib
 import io
 import json
 import math
-import stat
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,15 +84,8 @@ def fit_image(image: Image.Image, resolution: int, square: bool = True) -> Tenso
 
     The centre is a square, or else the largest part whose sides are multiples of 64.
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    size = (resolution, resolution) if square else (width // 64 * 64, height // 64 * 64)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    centre = [  # of the picture itself, so that what is cut off is never resized
-        part * whole / resized
-        for part, whole, resized in zip((left, top, left + size[0], top + size[1]), image.size * 2, (width, height) * 2)
-    ]
-    pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, centre), dtype=np.float32)
+    size = [resolution if square else round(resolution * side / min(image.size)) // 64 * 64 for side in image.size]
+    pixels = np.array(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
@@ -112,22 +105,32 @@ def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = N
     `data` is its content where `path` is but a name.
     """
     picture = path, "picture", "save it again as PNG or JPEG, smaller if it is huge"
-    with reading(*picture):
-        if data is None and not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise UserError(f"{path} is no regular file: pass a picture")
-    with reading(*picture, damage=Exception):
-        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if max(width, height) > MOST_OBLONG * min(width, height):
-        raise UserError(f"{path} is {width}x{height} pixels: crop it, to at most 16 to 1")
-    if width * height > most_pixels:
-        raise UserError(f"{path} has {width * height / 1e6:.0f} megapixels: at most {most_pixels / 1e6:.0f} are read")
-    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
-        raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
-    with reading(*picture, damage=Exception), image:
+    source = path if data is None else io.BytesIO(data)
+    with reading(*picture, damage=Exception), Image.open(source, formats=FORMATS) as image:
+        (width, height), pixels = image.size, math.prod(image.size)
+        if too_oblong(image):
+            raise UserError(f"{path} is {width}x{height} pixels: crop it, to at most 16 to 1")
+        if pixels > most_pixels:
+            raise UserError(f"{path} has {pixels / 1e6:.0f} megapixels: at most {most_pixels / 1e6:.0f} are read")
+        if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+            raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
         turned = ImageOps.exif_transpose(image)
     with reading(*picture):
         return as_srgb(turned, path)
+
+
+def too_oblong(image: Image.Image) -> bool:
+    return max(image.size) > MOST_OBLONG * min(image.size)
+
+
+def sound_size(content: bytes) -> tuple[int, int] | None:
+    """The size of a PNG or JPEG that seems whole: its checksums fit, or its last scan has an end. None for others."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
+        if image.format == "PNG":
+            image.verify()  # which raises what differs from a checksum
+        elif content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):  # end of image, start of scan
+            return None
+        return None if too_oblong(image) else image.size
 
 
 def as_srgb(image: Image.Image, path: Path) -> Image.Image:

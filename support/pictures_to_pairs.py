@@ -5,13 +5,12 @@ import os
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from support.detect import add_options, detector
-from support.errors import UserError, reading
-from support.files import PARTIAL, clear, read_json, save_json, sha256, write_atomically
+from support.errors import UserError
+from support.files import read_json, save_json, write_atomically
 from support.listing import IMAGE_FOLDER, collect, find_listing, read_caption, read_entries
 from support.options import ArgumentParser, side
 from support.pictures import FORMATS, contact_sheet, fit_image, is_picture, open_image, save_picture, to_picture
@@ -38,14 +37,6 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def made_from(hint: Path) -> dict | None:
-    """What save_picture was told about a hint's picture; None if there is no hint yet."""
-    if not hint.is_file():
-        return None
-    with reading(hint, "hint", "delete it"), Image.open(hint, formats=["PNG"]) as image:
-        return json.loads(image.info["settings"])
-
-
 def parse_arguments():
     parser = ArgumentParser(description="Make a folder of pairs for train.py from your own pictures.")
     told = "pictures, each with its caption in NAME.txt beside it or in the folder's metadata.jsonl or .csv"
@@ -62,47 +53,42 @@ def parse_arguments():
 
 
 def make_pairs() -> None:
-    """The command line of data.py. What was made before, from the same picture with the same options, stays."""
+    """The command line of data.py. A pair that is newer than its picture stays as it is."""
     args = parse_arguments()
     folder, output, detect = args.from_pictures, args.output, detector(args.detect, args.canny_low, args.canny_high)
     listing = find_listing(folder, ("metadata.jsonl", "metadata.csv"))
     listed = {path: text for _, path, text in read_entries(listing, *IMAGE_FOLDER[1:])} if listing else {}
     pictures = find_pictures(folder)
-    captions = dict(collect(
-        zip(pictures, pictures), lambda picture: listed[picture] if picture in listed else read_caption(picture),
-        folder, "pictures have no caption",
-    ))  # fmt: skip
+    places = list(zip(pictures, pictures))
+    found = collect(places, lambda path: listed[path] if path in listed else read_caption(path), folder)
+    captions = [caption for _, caption in found]
     made_with = {name: str(getattr(args, name)) for name in args.deciding} | {"from_pictures": str(folder.resolve())}
     note = output / "pictures.json"
-    if not note.is_file() and output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} holds files already: choose another --output")
-    if note.is_file() and read_json(note, "choose another --output") != made_with:
-        raise UserError(f"{output} was made from other pictures or with other options: choose another --output")
+    known = read_json(note, "choose another --output") if note.is_file() else None
+    if known != made_with and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} holds other files, or pairs made with other options: choose another --output")
     save_json(made_with, note)
-    clear(output, f"**/{PARTIAL}")
 
     def make(picture: Path) -> str:
         name = f"{picture.relative_to(folder).as_posix()}.png"  # with its ending: a.jpg and a.png are two pictures
         hint, target = output / "source" / name, output / "target" / name
-        with reading(picture, "picture"):
-            content = {"picture": sha256(picture)}
-        if not target.is_file() or made_from(hint) != content:
+        if not hint.is_file() or hint.stat().st_mtime <= picture.stat().st_mtime:
             pixels = fit_image(open_image(picture), args.resolution)
             save_picture(to_picture(pixels * 2 - 1), target)
-            save_picture(to_picture(detect(pixels) * 2 - 1), hint, content)  # last: the pair is made
+            save_picture(to_picture(detect(pixels) * 2 - 1), hint)  # last: the pair is made
         return name
 
-    names = collect(zip(tqdm(pictures, desc="detecting"), pictures), make, folder, "pictures can't be read")
+    names = [name for _, name in collect(tqdm(places, desc="detecting"), make, folder)]
     lines = [
-        json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": captions[picture]}) + "\n"
-        for picture, name in names
+        json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": caption}) + "\n"
+        for name, caption in zip(names, captions)
     ]
     write_atomically(output / "prompt.json", lambda path: path.write_text("".join(lines)))
 
     def row(part: str) -> Tensor:
-        shown = [open_image(output / part / name) for _, name in names[:SHOWN]]
+        shown = [open_image(output / part / name) for name in names[:SHOWN]]
         return torch.stack([fit_image(picture, min(args.resolution, SHEET_SIDE)) * 2 - 1 for picture in shown])
 
-    sheet = contact_sheet({"hint": row("source"), "target": row("target")}, list(captions.values())[:SHOWN])
+    sheet = contact_sheet({"hint": row("source"), "target": row("target")}, captions[:SHOWN])
     save_picture(sheet, output / SHEET)
     print(f"wrote {output} ({len(names)} pairs); look at {output / SHEET}")

@@ -39,12 +39,10 @@ def strongest_band(measured: Measurement) -> tuple[float, float, str]:
     not surely above 0 do not count; if none is, it is the share of all bands together.
     """
     shares = []
-    for name, bands in BANDS.items():
+    for name, bands in (BANDS | {"0 to 999": slice(None)}).items():
         (gap, error), (loss, _) = (measured.figures(bands)[figure] for figure in ("gap", "own"))
-        if gap > SURE * error:
-            shares.append((gap / loss, error / loss, name))
-    (gap, error), (loss, _) = (measured.figures()[figure] for figure in ("gap", "own"))
-    return max(shares, default=(gap / loss, error / loss, "0 to 999"))
+        shares.append((gap / loss, error / loss, name))
+    return max((share for share in shares[:-1] if share[0] > SURE * share[1]), default=shares[-1])
 
 
 def verdict(measured: Measurement) -> str:

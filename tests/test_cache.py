@@ -164,7 +164,7 @@ def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
     lines = [f'{{"source": "{name}", "target": "good.png", "prompt": ""}}' for name in names]
     (tmp_path / "prompt.json").write_text("\n".join(lines))
     decoded, open_pair = [], support.listing.open_pair
-    monkeypatch.setattr(support.listing, "open_pair", lambda *pair: decoded.append(pair[1].name) or open_pair(*pair))
+    monkeypatch.setattr(support.listing, "open_pair", lambda pair: decoded.append(pair.hint.name) or open_pair(pair))
     with pytest.raises(UserError, match="6 of 9 entries are broken") as raised:
         look_at(PairedImages(tmp_path, 64), record=tmp_path / "record" / "pictures.json")
     assert all(any(name in line for line in raised.value.args[1:]) for name in names if "good" not in name)

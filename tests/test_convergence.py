@@ -66,10 +66,8 @@ def test_the_other_hint_is_another_hint(sd, tmp_path):
 
 
 def measured(*sensitivities, gap=0.0):
-    return [
-        {"step": 10 * i, "hint_sensitivity": s, "hint_gap": gap, "heldout_loss": 0.02}
-        for i, s in enumerate(sensitivities)
-    ]
+    fixed = {"hint_gap": gap, "heldout_loss": 0.02}
+    return [{"step": 10 * i, "hint_sensitivity": value} | fixed for i, value in enumerate(sensitivities)]
 
 
 def test_growth_is_told_from_noise():
@@ -96,8 +94,7 @@ def test_milestones():
     assert [milestones(entries[:n]) for n in range(6)] == [[]] * 6
     assert milestones(entries[:6]) == ["step 50: the hint sensitivity is growing: 2.0e-02"]
     assert milestones(entries[:8]) == []
-    assert milestones(entries[:9]) == ["step 80: the jump: another pair's hint raises the held-out loss by half, "
-                                       "samples begin to follow their hints"]  # fmt: skip
+    assert milestones(entries[:9]) == ["step 80: the jump: another pair's hint raises the held-out loss by half"]
     scored = {"step": 90, "iou": 0.5, "base_iou": 0.25, "followed": 0.25}
     assert milestones([*entries, scored]) == ["step 90: IoU of samples and hints 0.50 (the base's: 0.25), 25% of hints "
                                               "followed"]  # fmt: skip
@@ -152,11 +149,10 @@ def test_known_answers(sd):
     assert silent.loss["own"].shape == silent.moved.shape == (8, len(BANDS))
     assert all(torch.equal(silent.loss["own"], loss) for loss in silent.loss.values())  # equation (3)
     # The same noise for every ControlNet, so that checkpoints can be compared: the base's loss is one and the same.
-    assert torch.equal(silent.loss["none"], heard.loss["none"]) and not torch.equal(
-        silent.loss["own"], heard.loss["own"]
-    )
+    assert torch.equal(silent.loss["none"], heard.loss["none"])
+    assert not torch.equal(silent.loss["own"], heard.loss["own"])
     trained.middle_zero_conv.weight.data *= 1e38
-    assert verdict(measure(sd, trained, pairs)).startswith("its predictions are not finite")
+    assert verdict(measure(sd, trained, DrawnImages(2, 64))).startswith("its predictions are not finite")
 
 
 def figures(added: Tensor, moved: float, pairs: int = 8) -> Measurement:
@@ -204,20 +200,15 @@ def test_standard_errors():
     assert heard.figures()["sensitivity"] == pytest.approx(((14 / 3) ** 0.5, (49 / 9) ** 0.5 / (2 * (14 / 3) ** 0.5)))
 
 
-def test_command_line(monkeypatch, capsys, tmp_path):
-    options = ["--pairs", "2", "--resolution", "64"]
-    run_main(monkeypatch, convergence, "--controlnet", SHIPPED, *options, "--data", SAMPLE)
+def test_command_line(monkeypatch, capsys):
+    options = ["--pairs", "2", "--resolution", "64", "--data", SAMPLE]
+    run_main(monkeypatch, convergence, "--controlnet", SHIPPED, *options)
     told = capsys.readouterr()
     printed = told.out.splitlines()
-    assert "trained on" not in told.err
+    assert "trained on" not in told.err and "its decoder" not in told.out
     assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
     assert printed[3].lstrip().startswith("125 to 249 ") and printed[-2].lstrip().startswith("all ")
     assert printed[-1] == f"{SHIPPED}: 2 pairs are too few for a verdict: take 8 or more" and len(printed) == 12
-    lonely = tmp_path / "lonely"
-    shutil.copytree(SAMPLE, lonely)
-    (lonely / "prompt.json").write_text((lonely / "prompt.json").read_text().splitlines()[0])
-    with pytest.raises(UserError, match="has one pair only"):
-        run_main(monkeypatch, convergence, "--controlnet", SHIPPED, "--data", lonely)
 
 
 def judged_steps(monkeypatch, capsys, tmp_path, folder):
@@ -231,14 +222,13 @@ def judged_steps(monkeypatch, capsys, tmp_path, folder):
     return {int(words[1].removesuffix(":")): float(words[3]) for words in lines}
 
 
-@pytest.mark.parametrize("unlocked", [False, True])
-def test_a_training_of_ours(sd, monkeypatch, capsys, tmp_path, unlocked):
+def test_a_training_of_ours(sd, monkeypatch, capsys, tmp_path):
     """Every step with its own ControlNet, and with the decoder that was trained with it."""
     run = tmp_path / "run"
     run_main(
         monkeypatch, train, "--output-dir", run, "--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2",
         "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1", "--snapshot-steps", "1",
-        *["--unlock-decoder"] * unlocked,
+        "--unlock-decoder",
     )  # fmt: skip
     last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
     for name in ("step-2", "step-2/state.safetensors"):
@@ -251,7 +241,7 @@ def test_a_training_of_ours(sd, monkeypatch, capsys, tmp_path, unlocked):
     told = capsys.readouterr()
     assert told.out.startswith(f"2 pairs of {SAMPLE} on cpu")
     assert "trained on these pairs but for the last 0" in told.err  # too few to spare any
-    assert ("its decoder was trained too" in told.out) == unlocked
+    assert "its decoder was trained too" in told.out
     all_bands = next(line for line in told.out.splitlines() if line.lstrip().startswith("all "))
     assert float(all_bands.split()[1]) == losses[2]  # the file and the last checkpoint are the same
     shutil.rmtree(run / "checkpoints")

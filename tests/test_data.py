@@ -15,7 +15,6 @@ from metrics import is_circle_task, prompt_colours
 from support.colours import COLOURS
 from support.errors import UserError
 from support.hub import fetch_folder
-from support.pictures import fit_image
 
 
 def test_colours():
@@ -61,14 +60,6 @@ def test_reading_the_real_layout():
     blue, coral = (torch.from_numpy(COLOURS[name]) / 127.5 - 1 for name in ("blue", "coral"))
     assert (image[:, 2, 2] - blue).abs().max() < 0.1
     assert (image[:, 50, 92] - coral).abs().max() < 0.1
-
-
-def test_drawn_pairs():
-    hint, target, prompt = draw_fill50k(3, 64, seed=1)
-    pairs = DrawnImages(5, 64, seed=1)
-    assert pairs.prompts[3] == prompt
-    assert torch.equal(pairs.hint(3), fit_image(hint, 64))
-    assert torch.equal(pairs.image(3), fit_image(target, 64) * 2 - 1)
 
 
 def test_palettes_show_the_two_colours_of_the_same_pictures(monkeypatch):

@@ -55,11 +55,6 @@ def test_known_overlap():
     assert circle_iou(0.3 + 0.01 * image, hint).item() == 0  # nothing that the eye could tell apart
 
 
-def test_random_discs_score_about_a_quarter(drawn):
-    hints, images, _ = drawn
-    assert circle_iou(images.roll(1, dims=0), hints).mean().item() == pytest.approx(0.24, abs=0.06)
-
-
 def test_noise_does_not_upset_the_segmentation(drawn):
     hints, images, prompts = drawn
     noisy = images + 0.03 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,7 @@
 """python data.py --from-pictures: a folder of pairs from somebody's own pictures."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -11,10 +12,10 @@ from PIL import Image
 from standin import SAMPLE
 
 from data import PairedImages
-from support import pictures_to_pairs
 from support.detect import detector
 from support.errors import UserError
 from support.pictures import MARGIN, fit_image, open_image
+from support.pictures_to_pairs import make_pairs
 
 CAPTIONS = {"a.png": "a disc, coral", "b.jpg": "another disc", "more/a.png": "a third: é"}
 
@@ -45,20 +46,9 @@ def write_listing(folder, captions=CAPTIONS):
 
 
 def make(monkeypatch, folder, output, *options):
-    line = [
-        "data.py",
-        "--from-pictures",
-        folder,
-        "--output",
-        output,
-        "--detect",
-        "canny",
-        "--resolution",
-        "64",
-        *options,
-    ]
-    monkeypatch.setattr(sys, "argv", list(map(str, line)))
-    pictures_to_pairs.make_pairs()
+    line = f"data.py --from-pictures {folder} --output {output} --detect canny --resolution 64"
+    monkeypatch.setattr(sys, "argv", [*line.split(), *options])
+    make_pairs()
 
 
 def times(folder):
@@ -86,7 +76,7 @@ def test_train_reads_the_pairs(caption, pictures, tmp_path, monkeypatch, capsys)
 
 def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path, monkeypatch):
     write_texts(pictures, {"b.jpg": "another disc"}, "utf-16")
-    with pytest.raises(UserError, match="2 of 3 pictures have no caption") as error:
+    with pytest.raises(UserError, match="2 of 3 entries are broken") as error:
         make(monkeypatch, pictures, tmp_path / "pairs")
     first, second = error.value.args[1:]
     assert "a.png: no caption: write it into a.txt beside it" in first and "more/a.png" in second
@@ -107,29 +97,24 @@ def test_going_on_after_an_interruption(pictures, tmp_path, monkeypatch):
     made = times(output)
     assert len(made) == 4 and not (output / "prompt.json").exists()
     (output / "source" / "b.jpg.png").unlink()  # as if it had been stopped before this hint, the last of its pair
-    (output / "target" / ".partial-killed").write_text("by a power cut")
     (pictures / "a.png").write_bytes(whole)
-    make(monkeypatch, pictures, output)
-    assert {path.name for path, time in made.items() if times(output)[path] != time} == {"b.jpg.png"}
-    assert len(PairedImages(output, 64)) == 3 and not list(output.rglob(".partial-*"))
-
-    made = times(output)
-    Image.new("RGB", (64, 64), "red").save(pictures / "b.jpg")
     (pictures / "a.txt").write_text("a better caption")
     make(monkeypatch, pictures, output)
+    assert {path.name for path, time in made.items() if times(output)[path] != time} == {"b.jpg.png"}
+    assert PairedImages(output, 64).prompts == ["a better caption", *list(CAPTIONS.values())[1:]]
+    made = times(output)
+    later = (output / "source" / "b.jpg.png").stat().st_mtime + 1
+    os.utime(pictures / "b.jpg", (later, later))
+    make(monkeypatch, pictures, output)
     assert {path.name for path, time in times(output).items() if made[path] != time} == {"b.jpg.png"}
-    assert PairedImages(output, 64).prompts[0] == "a better caption"
 
 
 def test_what_is_in_the_folder_stays(pictures, tmp_path, monkeypatch):
     write_texts(pictures)
     make(monkeypatch, pictures, tmp_path / "pairs")
-    before = {path: path.read_bytes() for path in (tmp_path / "pairs").rglob("*.*")}
-    with pytest.raises(UserError, match="pairs was made from other pictures or with other options: choose another"):
-        make(monkeypatch, pictures, tmp_path / "pairs", "--detect", "scribble")
-    assert {path: path.read_bytes() for path in (tmp_path / "pairs").rglob("*.*")} == before
     shutil.copytree(SAMPLE, tmp_path / "own")
-    with pytest.raises(UserError, match="own holds files already"):
-        make(monkeypatch, pictures, tmp_path / "own")
-    assert (tmp_path / "own" / "prompt.json").read_bytes() == (SAMPLE / "prompt.json").read_bytes()
-    assert not (tmp_path / "own" / "pictures.json").exists()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for folder, detect in (("pairs", "scribble"), ("own", "canny")):
+        with pytest.raises(UserError, match=f"{folder} holds other files, or pairs made with other options: choose"):
+            make(monkeypatch, pictures, tmp_path / folder, "--detect", detect)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
