@@ -14,8 +14,7 @@ from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from formats.diffusers import CONTROLNET_FILES, FILE, controlnet_settings
 from formats.layouts import BARE, OFFICIAL, OWN
-from formats.networks import LAYOUTS, pick, read_tokenizer
-from formats.sizes import base_sizes, sizes_in_metadata
+from formats.networks import LAYOUTS, base_sizes, pick, read_tokenizer, sizes_in_metadata
 from names import pattern
 from stable_diffusion import SD15_REPO, StableDiffusion
 from support.errors import UserError

@@ -7,8 +7,7 @@ from support.command import run_command_line
 
 import torch
 
-from formats.networks import read_controlnet, refuse_own
-from formats.sizes import unet_config
+from formats.networks import read_controlnet, refuse_own, unet_config
 from names import TABLES
 from support.errors import UserError
 from support.files import read_tensors
