@@ -7,27 +7,26 @@ import diffusers
 import pytest
 import torch
 from standin import run_main
+from transformers import CLIPTextModel
 
 from controlnet import ControlNet
 from diffusion import NoiseSchedule
 from formats.diffusers import LAYOUTS
-from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+from stable_diffusion import TINY, StableDiffusion
 from support.devices import PRECISIONS
 from tools import bench, versus_diffusers
 from weights import save_controlnet
 
 
 @pytest.fixture
-def in_float64(tmp_path, monkeypatch):
+def in_float64(nano, diffusers_base, tmp_path, monkeypatch):
     """Our ControlNet and theirs: both sides have the same networks, prompts and schedule, and cast to no less."""
     ids = torch.tensor([[864, 5, 320, 7] + 73 * [865]] * 3)
-    sd = StableDiffusion.load("tiny").requires_grad_(False).double()
-    sizes = {"unet": TINY.unet, "vae": TINY.vae, "text": TINY.text, "latent_scale": TINY.latent_scale}
-    versus_diffusers.write_config(tmp_path, sizes, sd.tokenizer)
-    pipeline = diffusers.StableDiffusionPipeline.from_single_file(
-        str(TINY_FILE), config=str(tmp_path), local_files_only=True, safety_checker=None
-    )
-    parts = [part.double().requires_grad_(False) for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)]
+    sd = StableDiffusion.load(nano).requires_grad_(False).double()
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, "text_encoder": CLIPTextModel}
+    parts = [
+        kind.from_pretrained(diffusers_base / folder).double().requires_grad_(False) for folder, kind in kinds.items()
+    ]
     torch.manual_seed(0)
     ours = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
     for conv in (*ours.zero_convs, ours.middle_zero_conv, ours.hint_encoder[-1]):
@@ -45,7 +44,9 @@ def in_float64(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sd, "tokenizer", lambda prompts: ids)
     monkeypatch.setattr(bench, "networks", lambda args, device: (sd, ours))
-    monkeypatch.setattr(versus_diffusers, "networks", lambda args, device: (*parts, theirs))
+    monkeypatch.setattr(
+        versus_diffusers, "networks", lambda args, device: (*(part.requires_grad_(False) for part in parts), theirs)
+    )
     monkeypatch.setattr(diffusers, "DDPMScheduler", in_double)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setitem(PRECISIONS, "fp32", torch.float64)
@@ -80,7 +81,7 @@ def test_both_sides_do_the_same_work(in_float64):
     ours, theirs, ids = in_float64
     gradients, moved = one_step(bench.training, ours, ids)
     their_gradients, they_moved = one_step(versus_diffusers.training, theirs, ids)
-    assert len(gradients) == len(their_gradients) == 340
+    assert len(gradients) == len(their_gradients) == 336
     whole = torch.nn.utils.get_total_norm(their_gradients.values())
     for name, gradient in gradients.items():
         other = LAYOUTS[ControlNet][0].theirs(name)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from standin import NANO, deviation, same_state
+from standin import NANO, same_state
 
 from stable_diffusion import StableDiffusion
 from support.errors import UserError
@@ -26,35 +26,12 @@ def change(path, without=(), **settings):
     path.write_text(json.dumps({name: value for name, value in content.items() if name not in without}))
 
 
-@torch.no_grad()
-def test_the_folder_is_the_file_and_its_numbers_are_diffusers_own(diffusers_base, nano, capsys):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
+def test_the_folder_is_the_file(diffusers_base, nano, capsys):
+    """tools.verify finds that its numbers are diffusers' own (tests/test_verify.py)."""
     sd = StableDiffusion.load(diffusers_base)
     assert "warning" not in capsys.readouterr().err  # all that they write is known
     assert (sd.unet.config, sd.vae.config, sd.text_encoder.config, sd.latent_scale) == (*NANO, 1.0)
     assert same_state(sd, StableDiffusion.load(nano))
-    sd.double()
-    unet, vae, text = (
-        model.from_pretrained(diffusers_base / folder).double()
-        for model, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"))
-    )
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 16, generator=generator, dtype=torch.float64)
-    context = torch.randn(2, 77, 16, generator=generator, dtype=torch.float64)
-    image = torch.linspace(-1, 1, 3 * 64 * 64, dtype=torch.float64).reshape(1, 3, 64, 64)
-    t, ids = torch.tensor([1, 981]), sd.tokenizer(["a", "red circle"])
-    pairs = {
-        "unet": (sd.unet(x, t, context), unet(x, t, context).sample),
-        "encoder": (sd.vae.encode(image), vae.encode(image).latent_dist.parameters),
-        "decoder": (sd.vae.decode(x[:1]), vae.decode(x[:1]).sample),
-        "text": (sd.text_encoder(ids), text(ids).last_hidden_state),
-    }
-    # Both in float64, but for the sinusoids of time: theirs may differ in the last bits, 1000 * 2^-24 = 6e-5 radian at
-    # most, in one of the inputs of each ResBlock.
-    for name, (ours, theirs) in pairs.items():
-        assert deviation(ours, theirs) <= (6e-5 if name == "unet" else 1e-9), name
 
 
 def test_old_names(copied, nano):
