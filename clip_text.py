@@ -4,7 +4,7 @@ import gzip
 import html
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import regex
@@ -19,15 +19,22 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 WORD = regex.compile(r"<\|(?:start|end)oftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-@lru_cache
+@cache
 def byte_symbols() -> dict[int, str]:
     """A printable character for each of the 256 bytes: its own if it has one, else one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in symbols:
-            symbols[byte] = chr(256 + len(symbols) - len(printable))
-    return symbols  # in the order of CLIP's vocabulary
+    others = [byte for byte in range(256) if byte not in printable]
+    codes = zip(printable + others, [*printable, *range(256, 256 + len(others))])
+    return {byte: chr(code) for byte, code in codes}  # in the order of CLIP's vocabulary
+
+
+def join_pair(parts: list[str], pair: tuple[str, str]) -> None:
+    """Join two neighbours, in place, wherever they are this pair."""
+    i = 0
+    while i < len(parts) - 1:
+        if (parts[i], parts[i + 1]) == pair:
+            parts[i : i + 2] = ["".join(pair)]
+        i += 1
 
 
 class Tokenizer:
@@ -48,9 +55,8 @@ class Tokenizer:
         with opener(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : NUM_MERGES + 1]
         merges = [tuple(line.split()) for line in lines if line]
-        for number, pair in enumerate(merges, start=2):
-            if len(pair) != 2:
-                raise ValueError(f"{path} line {number}: expected two symbols, found {' '.join(pair)[:60]!r}")
+        if odd := [" ".join(pair)[:60] for pair in merges if len(pair) != 2]:
+            raise ValueError(f"expected two symbols in a line, found {odd[0]!r}")
         return cls(merges)
 
     def merge(self, word: str) -> list[int]:
@@ -63,12 +69,7 @@ class Tokenizer:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break
-            joined, i = [], 0
-            while i < len(parts):
-                pair = tuple(parts[i : i + 2])
-                joined.append("".join(pair) if pair == best else parts[i])
-                i += 2 if pair == best else 1
-            parts = joined
+            join_pair(parts, best)
         self.cache[word] = [self.ids[part] for part in parts]
         return self.cache[word]
 
@@ -113,10 +114,7 @@ class Attention(nn.Module):
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         projected = self.to_q(x), self.to_k(x), self.to_v(x)

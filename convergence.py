@@ -19,8 +19,7 @@ from torch import Tensor
 from controlnet import ControlNet, Denoiser
 from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
-from formats.networks import read_controlnet
-from formats.sizes import own_metadata
+from formats.networks import own_metadata, read_controlnet
 from metrics import circle_iou, colour_error, is_circle_task
 from sample import generate, locate_controlnet
 from stable_diffusion import StableDiffusion

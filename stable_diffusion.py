@@ -10,8 +10,7 @@ from clip_text import CLIPTextConfig, CLIPTextModel
 from controlnet import HINT_CHANNELS
 from formats.diffusers import BASE_FILES, VAE_FILES
 from formats.layouts import load
-from formats.networks import read_base, read_tokenizer
-from formats.sizes import base_sizes
+from formats.networks import base_sizes, read_base, read_tokenizer
 from support.hub import locate
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent

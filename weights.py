@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from controlnet import ControlNet
 from formats import diffusers
 from formats.layouts import OFFICIAL, OWN, Part, load
-from formats.networks import pick, read_controlnet
-from formats.sizes import HIDDEN, hint_channels
+from formats.networks import HIDDEN, hint_channels, pick, read_controlnet
 from formats.wrong_files import warn_of_pooling
 from support.checkpoints import read_decoder
 from support.errors import UserError

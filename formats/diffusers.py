@@ -3,9 +3,9 @@
 A ControlNet is one folder; a base is a folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/ in it.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from controlnet import ControlNet
 from diffusion import NoiseSchedule
 from formats.layouts import Layout, Part
 from names import CLIP, TRANSFORMER, Rules, nest
-from support.errors import UserError
+from support.errors import UserError, warn
 from support.files import read_json, save_json, save_tensors
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL
@@ -25,7 +25,6 @@ FILE = "diffusion_pytorch_model.safetensors"
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # the last two are the text encoder's
 ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the order in which diffusers looks
 FOLDERS = {UNet: "unet", AutoencoderKL: "vae", CLIPTextModel: "text_encoder"}  # in a base's
-CLASSES = {UNet: "UNet2DConditionModel", AutoencoderKL: "AutoencoderKL", ControlNet: "ControlNetModel"}
 # What is fetched of a repository.
 CONTROLNET_FILES = VAE_FILES = ["config.json", FILE]
 BASE_FILES = ["*/config.json", "scheduler/*.json", "tokenizer/*", f"unet/{FILE}", f"vae/{FILE}",
@@ -54,46 +53,39 @@ def main_blocks(ours: str, first: int, theirs: str, count: int) -> Rules:
 
 
 ENCODER = [
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
+    ("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
     ("encoder.0.conv", "conv_in"),
     *main_blocks("encoder", 1, "down_blocks", 2),
     *[(f"encoder.{3 * level + 3}.downsample", f"down_blocks.{level}.downsamplers.0.conv") for level in range(3)],
     *nest("middle.resnet1", "mid_block.resnets.0", RESNET),
     *nest("middle.transformer", "mid_block.attentions.0", TRANSFORMER),
     *nest("middle.resnet2", "mid_block.resnets.1", RESNET),
-]
+]  # fmt: skip
 UNET = [
     *ENCODER,
     *main_blocks("decoder", 0, "up_blocks", 3),
     *[(f"decoder.{3 * level + 2}.upsample.conv", f"up_blocks.{level}.upsamplers.0.conv") for level in range(3)],
-    ("norm_out", "conv_norm_out"),
-    ("conv_out", "conv_out"),
-]
+    ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"),
+]  # fmt: skip
 CONTROLNET = [
     *ENCODER,
-    ("zero_convs.{i}", "controlnet_down_blocks.{i}"),
-    ("middle_zero_conv", "controlnet_mid_block"),
-    ("hint_encoder.0", f"{HINT}conv_in"),
+    ("zero_convs.{i}", "controlnet_down_blocks.{i}"), ("middle_zero_conv", "controlnet_mid_block"),
+    ("hint_encoder.0", f"{HINT}conv_in"), ("hint_encoder.14", f"{HINT}conv_out"),
     *[(f"hint_encoder.{2 * i + 2}", f"{HINT}blocks.{i}") for i in range(6)],
-    ("hint_encoder.14", f"{HINT}conv_out"),
-]
+]  # fmt: skip
 
 
 def vae_rules(attention: Rules) -> Rules:
     rules = [("to_moments", "quant_conv"), ("from_latent", "post_quant_conv")]
-    for side, blocks, resamplers in (
-        ("encoder", "down_blocks", "downsamplers"),
-        ("decoder", "up_blocks", "upsamplers"),
-    ):
+    for side, way in ("encoder", "down"), ("decoder", "up"):
         rules += nest(side, side, [("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")])
         rules += nest(f"{side}.middle.resnet1", f"{side}.mid_block.resnets.0", RESNET)
         rules += nest(f"{side}.middle.attention", f"{side}.mid_block.attentions.0", attention)
         rules += nest(f"{side}.middle.resnet2", f"{side}.mid_block.resnets.1", RESNET)
         for level in range(4):  # the decoder's are numbered from the smallest features up, here from the picture down
-            ours, theirs = f"{side}.levels.{level}", f"{side}.{blocks}.{level if side == 'encoder' else 3 - level}"
+            ours, theirs = f"{side}.levels.{level}", f"{side}.{way}_blocks.{level if way == 'down' else 3 - level}"
             rules += nest(f"{ours}.resnets.{{i}}", f"{theirs}.resnets.{{i}}", RESNET)
-            rules += [(f"{ours}.resample.conv", f"{theirs}.{resamplers}.0.conv")]
+            rules += [(f"{ours}.resample.conv", f"{theirs}.{way}samplers.0.conv")]
     return rules
 
 
@@ -103,9 +95,7 @@ LAYOUTS = {  # the one that is written today comes first
         Layout("diffusers", vae_rules(attention), mark=f"decoder.mid_block.attentions.0.{attention[1][1]}.weight")
         for attention in (LINEAR, LEGACY_LINEAR)
     ],
-    CLIPTextModel: [
-        Layout("diffusers", CLIP, prefix, f"{prefix}final_layer_norm.weight") for prefix in ("text_model.", "")
-    ],
+    CLIPTextModel: [Layout("diffusers", CLIP, name, f"{name}final_layer_norm.weight") for name in ("text_model.", "")],
     ControlNet: [Layout("diffusers", CONTROLNET, mark=f"{HINT}conv_in.weight")],
 }
 
@@ -120,15 +110,11 @@ CHECKED_SETTINGS = {
     "class_embed_type": None, "addition_embed_type": None, "global_pool_conditions": False, ORDER: "rgb",
     "shift_factor": None, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
-IGNORED_SETTINGS = (
-    "addition_embed_type_num_heads", "architectures", "attention_head_dim", "attention_type", "block_out_channels",
-    "bos_token_id", "conditioning_channels", "conditioning_embedding_out_channels", "conv_in_kernel",
-    "conv_out_kernel", "cross_attention_dim", "down_block_types", "dtype", "eos_token_id", "force_upcast",
-    "hidden_size", "in_channels", "initializer_factor", "initializer_range", "intermediate_size", "latent_channels",
-    "layers_per_block", "max_position_embeddings", "mid_block_add_attention", "mid_block_type", "model_type",
-    "norm_num_groups", "num_attention_heads", "num_hidden_layers", "out_channels", "pad_token_id", "projection_dim",
-    "sample_size", "scaling_factor", "torch_dtype", "transformer_layers_per_block", "transformers_version",
-    "up_block_types", "upcast_attention", "use_post_quant_conv", "use_quant_conv", "vocab_size",
+IGNORED_SETTINGS = (  # patterns
+    "*_channels", "*_size", "*_dim", "*_heads", "*_layers", "*layers_per_block", "*_block_type*", "*_kernel",
+    "*_token_id", "*dtype", "*upcast*", "use_*quant_conv", "initializer_*", "norm_num_groups", "scaling_factor",
+    "max_position_embeddings", "mid_block_add_attention", "attention_type", "model_type", "architectures",
+    "transformers_version",
 )  # fmt: skip
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # NoiseSchedule's
 SCHEDULE = BETAS | {
@@ -139,7 +125,7 @@ SCHEDULE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "l
 
 
 def check_settings(path: Path, theirs: dict, ours: dict) -> None:
-    """Raise UserError at the first of their settings that gives other numbers than ours."""
+    """Refuse settings that give other numbers than ours."""
     for name, wanted in ours.items():
         value = theirs.get(name, wanted)
         if value != wanted and (value or wanted):
@@ -147,17 +133,16 @@ def check_settings(path: Path, theirs: dict, ours: dict) -> None:
 
 
 def apply_settings(part: Part, network: type[nn.Module], path: Path) -> Part:
-    """A network as the config.json beside it says that it has to be read. Raises UserError where that can't be done."""
-    settings, kind = read_json(path), CLASSES.get(network)
-    if (found := settings.get("_class_name") or kind) != kind:
-        raise UserError(f"{path.parent} holds {found}, not {kind}: pass another folder")
+    """A network as the config.json beside it says that it has to be read."""
+    settings = read_json(path)
     if network is ControlNet and settings.get(ORDER) == "bgr" and part.shape("hint_encoder.0.weight"):
         part.tensors["hint_encoder.0.weight"] = part.tensors["hint_encoder.0.weight"].flip(1)  # not each hint
         settings[ORDER] = "rgb"
     check_settings(path, settings, CHECKED_SETTINGS)
-    given = [name for name, value in settings.items() if value not in (None, False) and not name.startswith("_")]
-    if unknown := [name for name in given if name not in (*CHECKED_SETTINGS, *IGNORED_SETTINGS)]:
-        print(f"warning: {path}: not known here, so ignored: {', '.join(unknown)}", file=sys.stderr)
+    known = (*CHECKED_SETTINGS, *IGNORED_SETTINGS, "_*")
+    given = [name for name, value in settings.items() if value not in (None, False)]
+    if unknown := [name for name in given if not any(fnmatchcase(name, pattern) for pattern in known)]:
+        warn(f"{path}: not known here, so ignored: {', '.join(unknown)}")
     return replace(part, hidden={
         "num_heads": settings.get("num_attention_heads") or settings.get("attention_head_dim", 8),  # their default
         "norm_groups": settings.get("norm_num_groups"),
@@ -172,12 +157,10 @@ def weights_in(folder: Path) -> Path:
         return file
     if (folder / "unet").is_dir():
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
-    if any(folder.glob("*index*.json")):
-        raise UserError(f"{folder}: its weights are split over several files: save them as one, {FILE}")
     if (folder / "controlnet").is_dir():
         raise UserError(f"{folder} is a checkpoint of diffusers: pass {folder / 'controlnet'}")
-    others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or f"the one with {FILE}"
-    raise UserError(f"{folder}: no {FILE} in this folder; pass a single file or a network's own folder: {others}")
+    others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "NAME.safetensors"
+    raise UserError(f"{folder}: no {FILE} in this folder; pass a network's own folder or a single file: {others}")
 
 
 def unet_settings(config: UNetConfig) -> dict:
@@ -186,14 +169,13 @@ def unet_settings(config: UNetConfig) -> dict:
         "attention_head_dim": config.num_heads,  # diffusers' name for the number of heads in SD 1.x
         "block_out_channels": [config.model_channels * mult for mult in config.channel_mult],
         "cross_attention_dim": config.context_dim,
-        "layers_per_block": config.num_res_blocks,
-        "norm_num_groups": config.norm_groups,
-    }
+        "layers_per_block": config.num_res_blocks, "norm_num_groups": config.norm_groups,
+    }  # fmt: skip
 
 
 def controlnet_settings(config: UNetConfig, hint_channels: Sequence[int]) -> dict:
     hint = {"conditioning_embedding_out_channels": list(hint_channels)}
-    return {"_class_name": CLASSES[ControlNet]} | unet_settings(config) | hint
+    return {"_class_name": "ControlNetModel"} | unet_settings(config) | hint
 
 
 def save_controlnet_folder(controlnet: ControlNet, folder: Path, dtype: torch.dtype | None) -> None:

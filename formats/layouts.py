@@ -5,12 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from clip_text import CLIPTextModel
-from names import CONTROLNET, TABLES, Rules, translate
+from names import CLIP, CONTROLNET, TABLES, Rules, translate
 from support.errors import UserError
 from vae import AutoencoderKL
-
-LARGEST = 2**20  # of a tensor's sides that are taken for a network's sizes
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,7 @@ class Layout:
 
     def theirs(self, name: str) -> str:
         """Our name -> the file's."""
-        translated = translate(name, self.rules)
-        return name if translated is None else self.prefix + translated
+        return self.prefix + translated if (translated := translate(name, self.rules)) else name
 
     def ours(self, name: str) -> str:
         """The file's name -> ours."""
@@ -38,10 +34,10 @@ class Layout:
 
 
 OFFICIAL = {network: Layout("official", rules, prefix) for network, (prefix, rules) in TABLES.items()}
-# As some trainers write the text encoder, and old merges; a ControlNet and a VAE without prefix, as most are today; and
+# The text encoder as some trainers write it, and old merges; a ControlNet and a VAE without prefix, as most are today; and
 # our own names: in checkpoints, and for the lite ablation, which no other program knows.
 SHORT = "cond_stage_model.transformer."
-SHORT_TEXT = Layout("official", TABLES[CLIPTextModel][1], SHORT, mark=f"{SHORT}final_layer_norm.weight")
+SHORT_TEXT = Layout("official", CLIP, SHORT, mark=f"{SHORT}final_layer_norm.weight")
 BARE = Layout("official", CONTROLNET, mark="input_hint_block.0.weight")
 BARE_VAE = Layout("official", TABLES[AutoencoderKL][1], mark="decoder.mid.attn_1.q.weight")
 OWN = Layout("own", [], mark="hint_encoder.0.weight")
@@ -63,11 +59,11 @@ class Part:
         return UserError(f"{self.source}: {self.layout.theirs(name)} {problem}{advice or self.advice}")
 
     def shape(self, name: str, dimensions: int = 4) -> list[int]:
-        """Raises UserError where there is no such tensor, or where no network has one of its shape."""
+        """Of a tensor that must be there, with so many dimensions."""
         if name not in self.tensors:
             raise self.error(name, "is missing")
         shape = list(self.tensors[name].shape)
-        if len(shape) != dimensions or not all(0 < side < LARGEST for side in shape):
+        if len(shape) != dimensions or 0 in shape:
             raise self.error(name, f"has shape {shape}")
         return shape
 
@@ -77,7 +73,7 @@ class Part:
 
 
 def load(module: nn.Module, part: Part) -> None:
-    """Load all of the part's tensors into the module, which must have exactly these. Raises UserError otherwise.
+    """Load all of the part's tensors into the module, which must have exactly these.
 
     Parameters on the meta device are replaced by the tensors themselves, in the parameter's dtype, so that
     memory-mapped tensors stay mapped. Other parameters are overwritten in place.

@@ -1,23 +1,29 @@
-"""One network out of any file or folder: a base's UNet, VAE or text encoder, or a ControlNet. And a base's words."""
+"""One network out of any file or folder: a base's UNet, VAE or text encoder, or a ControlNet. And a base's words.
 
+Its widths and depths are read off its tensors' shapes. What no shape shows, heads, norm groups and the latents' scale,
+our own metadata or a config.json says; else they are Stable Diffusion 1.5's.
+"""
+
+import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from clip_text import CLIPTextModel, Tokenizer
+from clip_text import CLIPTextConfig, CLIPTextModel, Tokenizer
 from controlnet import ControlNet
 from formats import diffusers
 from formats.layouts import BARE, BARE_VAE, OFFICIAL, OWN, SHORT_TEXT, Part
-from formats.sizes import sizes_in_metadata
 from formats.wrong_files import likely_cause
 from support.checkpoints import STATE, is_checkpoint, read_trained
-from support.errors import UserError, reading
+from support.errors import DAMAGE, UserError, reading
 from support.files import read_json, read_tensors
 from support.hub import fetch
-from vae import AutoencoderKL
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 
 LAYOUTS = {network: [layout, *diffusers.LAYOUTS[network]] for network, layout in OFFICIAL.items()}
 LAYOUTS[CLIPTextModel].append(SHORT_TEXT)
@@ -28,6 +34,8 @@ WRAPPERS = ("_orig_mod.", "module.", "controlnet.")  # before all names: torch.c
 TRAINERS = ("loss.", "model_ema.")  # what a VAE was trained with, beside it
 # CLIP's position_ids are just 0 to 76, its projection is for comparing texts with pictures.
 UNUSED = ("embeddings.position_ids", "text_projection.weight")
+HIDDEN = ("num_heads", "norm_groups")  # sizes of a UNet that no shape shows
+KEYS = {UNet: "unet", AutoencoderKL: "vae", CLIPTextModel: "text"}  # in our metadata of a base
 
 
 def pick(tensors: Mapping[str, Tensor], network: type[nn.Module], source: object) -> Part:
@@ -58,9 +66,8 @@ def read_network(path: Path, network: type[nn.Module]) -> Part:
     part, settings = pick(tensors, network, file), file.with_name("config.json")
     if part.layout.name != "diffusers":
         return replace(part, metadata=metadata, hidden=sizes_in_metadata(metadata, network))
-    for name, tensor in part.tensors.items():
-        if network is AutoencoderKL and tensor.ndim == 2:  # linear layers there, 1x1 convolutions here
-            part.tensors[name] = tensor[..., None, None]
+    if network is AutoencoderKL:  # linear layers there, 1x1 convolutions here
+        part.tensors.update({name: t[..., None, None] for name, t in part.tensors.items() if t.ndim == 2})
     if settings.is_file() and (path.is_dir() or file.name.split(".")[0] in diffusers.NAMES):
         return diffusers.apply_settings(part, network, settings)
     return part
@@ -75,8 +82,8 @@ def read_base(path: Path, vae: Path | None = None) -> list[Part]:
     if vae:
         places[AutoencoderKL] = vae
     if missing := [place.name for place in places.values() if place.parent == path and not place.is_dir()]:
-        raise UserError(f"{path} has no {missing[0]}/ in it, as a base's folder in diffusers' layout does: pass such a "
-                        "folder, or a single file")  # fmt: skip
+        raise UserError(f"{path} has no {missing[0]}/ in it: pass a base's folder in diffusers' layout, or a single "
+                        "file")  # fmt: skip
     schedule = path / "scheduler" / "scheduler_config.json"
     if schedule.is_file():  # the sampler that it names does not matter, the diffusion process does
         diffusers.check_settings(schedule, diffusers.SCHEDULE_DEFAULTS | read_json(schedule), diffusers.SCHEDULE)
@@ -92,7 +99,7 @@ def read_controlnet(path: Path) -> Part:
 
 
 def refuse_own(part: Part) -> None:
-    """Raise UserError for what only this project reads."""
+    """For other programs: refuse what only this project reads."""
     if part.layout is OWN:
         what = "ControlNet-lite: keep it as it is" if part.lite else "checkpoint: pass the run's controlnet.safetensors"
         raise UserError(f"no other program can read {part.source}, a {what}")
@@ -104,16 +111,100 @@ def read_tokenizer(base: Path, vocab_size: int, repo: str) -> Tokenizer:
     names = ("merges.txt", "tokenizer/merges.txt", "tokenizer/tokenizer.json")  # transformers 5 writes the last alone
     if (merges := next((folder / name for name in names if (folder / name).is_file()), None)) is None:
         merges = fetch(repo, "tokenizer/merges.txt", f"put the tokenizer's merges.txt beside {base}")
-    if merges.suffix == ".json":
-        model = read_json(merges).get("model")
-        pairs = model.get("merges") if isinstance(model, dict) else None
-        pairs = pairs if isinstance(pairs, list) else []
-        lines = [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in pairs]
-        tokenizer = Tokenizer([tuple(line.split()) for line in lines])
-    else:
-        with reading(merges, "list of BPE merges"):
+    with reading(merges, "list of BPE merges", damage=(*DAMAGE, TypeError)):
+        if merges.suffix == ".json":
+            pairs = json.loads(merges.read_bytes())["model"]["merges"]
+            tokenizer = Tokenizer([tuple(pair.split() if isinstance(pair, str) else pair) for pair in pairs])
+        else:
             tokenizer = Tokenizer.from_merges(merges)
     if len(tokenizer.ids) != vocab_size:
         raise UserError(f"{merges} makes {len(tokenizer.ids)} tokens, but {base} was trained with {vocab_size}: put "
                         "the merges.txt that belongs to it beside it")  # fmt: skip
     return tokenizer
+
+
+def config_metadata(sd) -> dict[str, str]:
+    """The sizes of a StableDiffusion, for its file's metadata."""
+    configs = {"text": asdict(sd.text_encoder.config), "vae": asdict(sd.vae.config), "unet": asdict(sd.unet.config)}
+    return {"config": json.dumps(configs | {"latent_scale": sd.latent_scale})}
+
+
+def own_metadata(metadata: dict[str, str], key: str) -> dict:
+    """What we wrote under this key of a file's metadata; empty where another program put something else there."""
+    try:
+        content = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
+def sizes_in_metadata(metadata: dict[str, str], network: type[nn.Module]) -> dict[str, object]:
+    """What our metadata says of a network's sizes, unchecked."""
+    if network is ControlNet:  # the sizes of the UNet that it was copied from
+        return own_metadata(metadata, "unet")
+    config = own_metadata(metadata, "config")
+    sizes = config.get(KEYS[network])
+    return (sizes if isinstance(sizes, dict) else {}) | {"latent_scale": config.get("latent_scale")}
+
+
+def hidden_size(part: Part, name: str, default: int, widths: Sequence[int]) -> int:
+    """A size that no shape shows, by which all widths must be divisible."""
+    value = default if part.hidden.get(name) is None else part.hidden[name]
+    if type(value) is not int or value < 1 or any(width % value for width in widths):
+        raise UserError(f"{part.source}: by its metadata or config.json {name} is {value!r}, but must be a whole "
+                        f"number that divides {', '.join(map(str, widths))}{part.advice}")  # fmt: skip
+    return value
+
+
+def level_sizes(part: Part, first: str, of_level: str) -> tuple[list[int], dict]:
+    """The channels of a network's first convolution and of its four levels; what configs of both kinds say of them."""
+    widths = [part.shape(name)[0] for name in (first, *(of_level.format(level, 3 * level + 1) for level in range(4)))]
+    norm_groups = hidden_size(part, "norm_groups", UNetConfig().norm_groups, widths)
+    return widths, {"channel_mult": tuple(width // widths[0] for width in widths[1:]), "norm_groups": norm_groups}
+
+
+def unet_config(part: Part) -> UNetConfig:
+    """Of a UNet, or of the UNet that a ControlNet was copied from."""
+    widths, sizes = level_sizes(part, "encoder.0.conv.weight", "encoder.{1}.resnet.conv2.weight")
+    in_channels, latent_channels = part.shape("encoder.0.conv.weight")[1], UNetConfig().in_channels
+    if in_channels != latent_channels:
+        raise part.error("encoder.0.conv.weight", f"takes {in_channels} channels, but latents have {latent_channels}",
+                         "; an inpainting or InstructPix2Pix model does not fit")  # fmt: skip
+    context_dim = part.shape("encoder.1.transformer.cross_attention.to_k.weight", 2)[1]
+    num_heads = hidden_size(part, "num_heads", UNetConfig().num_heads, widths)
+    return UNetConfig(model_channels=widths[0], context_dim=context_dim, num_heads=num_heads, **sizes)
+
+
+def vae_config(part: Part) -> VAEConfig:
+    widths, sizes = level_sizes(part, "encoder.conv_in.weight", "encoder.levels.{0}.resnets.0.conv2.weight")
+    return VAEConfig(channels=widths[0], **sizes)
+
+
+def text_config(part: Part) -> CLIPTextConfig:
+    vocab_size, width = part.shape("token_embedding.weight", 2)
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        width=width,
+        mlp_width=part.shape("layers.0.mlp_in.weight", 2)[0],
+        num_layers=len({name.split(".")[1] for name in part.tensors if name.startswith("layers.")}),
+        num_heads=hidden_size(part, "num_heads", CLIPTextConfig().num_heads, [width]),
+        max_length=part.shape("position_embedding.weight", 2)[0],
+    )
+
+
+def base_sizes(unet: Part, vae: Part, text: Part) -> dict:
+    """Arguments of StableDiffusion, the scale of the latents only where the file says it."""
+    scale = unet.hidden.get("latent_scale")  # with which it was trained, whatever VAE is taken
+    scale = vae.hidden.get("latent_scale") if scale is None else scale
+    if not isinstance(scale, int | float | None) or scale is not None and not 0 < scale < math.inf:
+        raise UserError(f"{vae.source}: by its metadata or config.json the scale of latents is {scale!r}: correct it")
+    sizes = {"unet": unet_config(unet), "vae": vae_config(vae), "text": text_config(text)}
+    return sizes if scale is None else sizes | {"latent_scale": scale}
+
+
+def hint_channels(part: Part) -> tuple[int, ...]:
+    """The widths of a ControlNet's hint encoder, of which each but the last has two convolutions."""
+    if (in_channels := part.shape("hint_encoder.0.weight")[1]) != 3:
+        raise part.error("hint_encoder.0.weight", f"takes {in_channels} hint channels, only 3 are read",
+                         "; pass a ControlNet for RGB hints")  # fmt: skip
+    return tuple(part.shape(f"hint_encoder.{i}.weight")[0] for i in (0, 4, 8, 12))

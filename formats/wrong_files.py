@@ -1,10 +1,11 @@
 """What a weight file is that does not fit, told by its tensors' names, and what to do."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+
+from support.errors import warn
 
 ONLY = "only Stable Diffusion 1.x and its descendants fit"
 # Fragments of names, the kind of file, what to do. The first that is found counts, so special kinds come first: many
@@ -25,7 +26,7 @@ KINDS = [
     (("conditioner.embedders.", "add_embedding.", "label_emb."), "SDXL or made for it", ONLY),
     (("cond_stage_model.model.",), "Stable Diffusion 2.x", ONLY),
 ]  # fmt: skip
-SD2_CONTEXT = 1024  # the width of the prompt in Stable Diffusion 2.x
+SD2_CONTEXT = (1024,)  # the width of the prompt in Stable Diffusion 2.x
 CONTROLNET = ("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "hint_encoder.")
 BASE = ("model.diffusion_model.", "up_blocks.", "output_blocks.")
 
@@ -39,8 +40,7 @@ def likely_cause(tensors: Mapping[str, Tensor], controlnet: bool) -> str:
     for fragments, kind, remedy in KINDS:
         if has(*fragments):
             return f"; this looks like {kind}: {remedy}"
-    context = next((tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is not None and context.shape[-1:] == (SD2_CONTEXT,):
+    if any(name.endswith("attn2.to_k.weight") and tensor.shape[1:] == SD2_CONTEXT for name, tensor in tensors.items()):
         return f"; this looks like Stable Diffusion 2.x or made for it: {ONLY}"
     is_base, is_controlnet = has(*BASE), has(*CONTROLNET)
     if controlnet and is_base and not is_controlnet:
@@ -56,5 +56,5 @@ def likely_cause(tensors: Mapping[str, Tensor], controlnet: bool) -> str:
 def warn_of_pooling(source: str) -> None:
     """Other programs go by the name too: no tensor of such a file tells."""
     if "shuffle" in Path(source).name.lower():
-        print(f"warning: {source}: the residuals of a ControlNet called shuffle are averaged over the picture "
-              "elsewhere; here they are not, so that its pictures are wrong", file=sys.stderr)  # fmt: skip
+        warn(f"{source}: the residuals of a ControlNet called shuffle are averaged over the picture elsewhere; here "
+             "they are not, so that its pictures are wrong")  # fmt: skip

@@ -7,7 +7,7 @@ from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
 
 from clip_text import Tokenizer
 from formats.diffusers import BETAS, LAYOUTS
-from formats.sizes import config_metadata
+from formats.networks import config_metadata
 from stable_diffusion import TINY_FILE, StableDiffusion
 from support.errors import warn
 from support.files import save_tensors

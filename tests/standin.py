@@ -24,12 +24,9 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "fill50k"  # four real pairs
 GOLDEN = ROOT / "tests" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
+SMALL_TEXT = CLIPTextConfig(vocab_size=600, width=48, mlp_width=192, num_layers=3, num_heads=4)
 CONFIGS = {
-    "small": (
-        UNetConfig(model_channels=32, num_heads=4, context_dim=48),
-        VAEConfig(channels=32),
-        CLIPTextConfig(vocab_size=600, width=48, mlp_width=192, num_layers=3, num_heads=4),
-    ),
+    "small": (UNetConfig(model_channels=32, num_heads=4, context_dim=48), VAEConfig(channels=32), SMALL_TEXT),
     "sd15": (SD15.unet, SD15.vae, SD15.text),
 }
 NANO = (  # the fixture `nano`
@@ -65,8 +62,7 @@ def make_up_merges(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    return {key: torch.from_numpy(array) for key, array in np.load(GOLDEN / f"{name}.npz").items()}
 
 
 def golden_inputs(size: str) -> dict[str, torch.Tensor]:
@@ -96,15 +92,18 @@ def read_run(folder: Path) -> list[dict]:
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_log(folder / "log.jsonl")]
 
 
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def same_tensors(a: Path, b: Path) -> bool:
     """Whether two weight files hold the same tensors and metadata."""
     (a, a_metadata), (b, b_metadata) = read_tensors(a), read_tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) and a_metadata == b_metadata
+    return equal(a, b) and a_metadata == b_metadata
 
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return equal(a.state_dict(), b.state_dict())
 
 
 class HostilePickle:

@@ -95,8 +95,6 @@ MISTAKES = {
     "data --from-pictures {} --detect canny --output {}/out": "out lies in .*outside",
     "tools.convert {}/full.safetensors {}/out.bin --layout official": "out.bin.*.safetensors",
     "tools.convert {}/lite.safetensors {}/out --layout diffusers": "lite.safetensors.* ControlNet-lite",
-    "tools.plot {}/run/log.jsonl --output {}/run/log.jsonl": "--output.*log.jsonl.*.png",
-    "tools.plot {}/run/log.jsonl {}/run/log.jsonl": "two of the logs.*run.*another name",
     "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
     "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "tools.pretrain vea": "'vea'.*vae",

@@ -1,5 +1,6 @@
 """A full-size stand-in checkpoint, 4.3 GB like the real one, through StableDiffusion.load. Minutes, so marked slow."""
 
+import shutil
 import subprocess
 import sys
 
@@ -30,10 +31,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.fixture(scope="module")
 def half_checkpoint(checkpoint, scratch):
-    full = checkpoint("sd15")
-    path = scratch / "half" / "model.safetensors"
+    full, path = checkpoint("sd15"), scratch / "half" / "model.safetensors"
     path.parent.mkdir()
-    (path.parent / "merges.txt").write_bytes((full.parent / "merges.txt").read_bytes())
+    shutil.copy(full.parent / "merges.txt", path.parent)
     save_tensors({name: tensor.half() for name, tensor in read_tensors(full)[0].items()}, path)
     yield path
     path.unlink()

@@ -98,8 +98,6 @@ ROUNDING_ONLY = {
     for i in (1, 2)
     for name in ("in_layers.2.bias", "emb_layers.1.weight", "emb_layers.1.bias")
 }
-# After each backward pass, of 334 others: 13 output zero convs; with the copy and the hint encoder's zero conv; all.
-TENSORS_WITH_GRADIENT = (26, 320, 334, 334)
 
 
 def test_gradient_flow():
@@ -124,8 +122,8 @@ def test_gradient_flow():
         assert loss.item() == pytest.approx(expected["loss"], rel=TOLERANCE["small"])
         norms = {names[ours]: parameter.grad.norm().item() for ours, parameter in controlnet.named_parameters()}
         assert all(norms.pop(name) < 1e-8 for name in ROUNDING_ONLY)
-        assert sum(norm != 0 for norm in norms.values()) == TENSORS_WITH_GRADIENT[step]
-        for name, norm in norms.items():  # the sinusoids' last bit is up to 1000 * 2^-24 = 6e-5 radian in an input
+        # 0 is 0 until a tensor's wave comes. The sinusoids' last bit is up to 1000 * 2^-24 = 6e-5 radian in an input.
+        for name, norm in norms.items():
             assert norm == pytest.approx(expected["grad_norm"][name], rel=1e-4, abs=0), (step, name)
         optimizer.step()
 

@@ -81,8 +81,8 @@ def test_stages_resume(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
 
-        fitted = pretrain.fit("toy", pretrain.Fit(4, 1, 1e-3), tmp_path / name, model, loss_fn, lambda *_: None)
-        return fitted.weight
+        plan = pretrain.Plan(4, 1, 1e-3)
+        return pretrain.fit("toy", tmp_path / name, model, loss_fn, lambda *_: None, plan).weight
 
     with pytest.raises(KeyboardInterrupt):
         train("parts", last=3)

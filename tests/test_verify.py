@@ -7,7 +7,6 @@ import torch
 from standin import CONFIGS, run_main
 
 from controlnet import ControlNet
-from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from tools import verify
 from unet import UNet
@@ -37,11 +36,9 @@ def test_what_differs_is_named(quick, checkpoint, control_checkpoint, monkeypatc
         return controlnet
 
     monkeypatch.setattr(verify, "load_controlnet", misread)
-    with pytest.raises(SystemExit) as ended:
-        run_main(
-            monkeypatch, verify, "--base", checkpoint("small"), "--controlnet", control_checkpoint("small"), *quick
-        )
-    assert ended.value.code == 1
+    files = "--base", checkpoint("small"), "--controlnet", control_checkpoint("small")
+    with pytest.raises(SystemExit, match="1"):
+        run_main(monkeypatch, verify, *files, *quick)
     assert "DIFFERENT: residual  5" in capsys.readouterr().out
 
 
@@ -59,17 +56,6 @@ def test_a_folder_there(quick, diffusers_base, monkeypatch, capsys):
     run_main(monkeypatch, verify, "--base", diffusers_base, *quick)
     schedule.write_text(json.dumps(saved))
     assert capsys.readouterr().out.endswith("the same, up to rounding\n")
-    load = StableDiffusion.load
-
-    def misread(path):
-        sd = load(path)
-        sd.unet.encoder[1].transformer.cross_attention.num_heads = 2  # as if it were another base
-        return sd
-
-    monkeypatch.setattr(StableDiffusion, "load", misread)
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, verify, "--base", diffusers_base, *quick)
-    assert "DIFFERENT: ε, sample" in capsys.readouterr().out
 
 
 def test_what_diffusers_cannot_read(quick, checkpoint, monkeypatch, tmp_path):

@@ -8,14 +8,13 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
-from standin import CONFIGS, MANIFEST, NANO, deviation, run_main, same_state, same_tensors, stand_in
+from standin import CONFIGS, MANIFEST, NANO, deviation, equal, run_main, same_state, same_tensors, stand_in
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from formats.diffusers import CONTROLNET_FILES, FILE, controlnet_settings
 from formats.layouts import BARE, OFFICIAL, OWN
-from formats.networks import LAYOUTS, pick, read_tokenizer
-from formats.sizes import base_sizes, sizes_in_metadata
+from formats.networks import LAYOUTS, base_sizes, pick, read_tokenizer, sizes_in_metadata
 from names import pattern
 from stable_diffusion import SD15_REPO, StableDiffusion
 from support.errors import UserError
@@ -57,10 +56,6 @@ def in_layout(module: torch.nn.Module, layout) -> dict:
     return {layout.theirs(name): tensor for name, tensor in module.state_dict().items()}
 
 
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def refusal(read, *arguments) -> str:
     """The one line of a UserError."""
     with pytest.raises(UserError) as raised:
@@ -71,10 +66,10 @@ def refusal(read, *arguments) -> str:
 
 @pytest.mark.parametrize("size", CONFIGS)
 def test_names_are_the_official_ones(size):
-    counts = {"unet": 686, "control": 340, "vae": 248, "clip": 196 if size == "sd15" else 52}
+    """The UNet's, VAE's and text encoder's 1,130 and the ControlNet's 340: the manifest is of the authors' own code."""
     for part, module in networks(size).items():
         official = official_state_dict(module)
-        assert len(official) == len(module.state_dict()) == counts[part]
+        assert len(official) == len(module.state_dict())
         assert {name: list(tensor.shape) for name, tensor in official.items()} == MANIFEST[size][part]
 
 
@@ -138,11 +133,8 @@ def test_controlnet_files_that_are_read(controlnet, unet, nano, tmp_path):
 SETTINGS = [  # of a ControlNet's folder, changed; what the line must say
     ({"global_pool_conditions": True}, "global_pool_conditions is True"),
     ({"controlnet_conditioning_channel_order": "gbr"}, "channel_order is 'gbr'"),
-    ({"addition_embed_type": "text"}, "addition_embed_type is 'text'"),
     ({"num_attention_heads": 2}, "num_heads 2, this one has 1"),
     ({"attention_head_dim": [4, 4]}, "num_heads [4, 4], this one has 1"),
-    ({"_class_name": "SparseControlNetModel"}, "holds SparseControlNetModel, not ControlNetModel"),
-    ({"_class_name": ["T2IAdapter"]}, "holds ['T2IAdapter'], not ControlNetModel"),
 ]
 
 
@@ -160,7 +152,7 @@ def test_a_folder_and_a_file_in_it_have_its_settings(controlnet, unet, tmp_path)
     assert "num_heads 8, this one has 1" in refusal(load_controlnet, tmp_path, unet)  # diffusers' default
     (tmp_path / FILE).rename(other)  # a name of its own: the settings may be another file's
     assert same_state(load_controlnet(other, unet), controlnet)
-    assert "a network's own folder: canny.safetensors" in refusal(load_controlnet, tmp_path, unet)
+    assert "own folder or a single file: canny.safetensors" in refusal(load_controlnet, tmp_path, unet)
     config.unlink()
     (tmp_path / "controlnet").mkdir()
     assert f"pass {tmp_path / 'controlnet'}" in refusal(load_controlnet, tmp_path, unet)  # of diffusers' trainer
@@ -180,24 +172,18 @@ def test_lite_keeps_our_names_and_has_no_other_layout(unet, tmp_path):
 
 @torch.no_grad()
 def test_diffusers_reads_ours_and_we_read_theirs(controlnet, unet, tmp_path, monkeypatch):
-    """In the official layout beside a trained decoder, in a folder, and for hints in another order."""
+    """In a folder, and for hints in another order; of a single file tools.verify tells."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from diffusers import ControlNetModel
 
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 4, 8, 16), (2, 3, 64, 128), (2, 77, 16)
     x, hint, context = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    t, (folder, single, theirs) = torch.tensor([1, 981]), (tmp_path / name for name in ("a", "b.safetensors", "bgr"))
+    t, (folder, theirs) = torch.tensor([1, 981]), (tmp_path / name for name in ("a", "bgr"))
     save_controlnet(controlnet, folder, layout="diffusers")
-    save_controlnet(controlnet, single, others=official_state_dict(unet))
     bgr = ControlNetModel.from_pretrained(folder, controlnet_conditioning_channel_order="bgr")
     bgr.save_pretrained(theirs)
-    models = {
-        folder: ControlNetModel.from_pretrained(folder),
-        single: ControlNetModel.from_single_file(str(single), config=str(folder), local_files_only=True),
-        theirs: bgr,
-    }
-    for path, model in models.items():
+    for path, model in {folder: ControlNetModel.from_pretrained(folder), theirs: bgr}.items():
         ours = load_controlnet(path, unet).double()(x, hint, t, context)
         down, middle = model.double()(x, t, context, hint, return_dict=False)
         # Both in float64, but for the sinusoids of time: up to 1000 * 2^-24 = 6e-5 radian.
@@ -228,16 +214,13 @@ def test_converting_there_and_back(controlnet, tmp_path, monkeypatch, capsys):
 UNET = "model.diffusion_model."
 WRONG_BASES = [  # shapes of tensors, what the metadata says, what the line must say
     ({f"{UNET}label_emb.0.0.weight": (3,)}, {}, "[3] is no part of the model; .* SDXL or made for it"),
-    ({f"{UNET}input_blocks.12.0.op.bias": (3,)}, {}, f"{UNET}input_blocks.12.0.op.bias [3] is no part of the model"),
     ({f"{UNET}input_blocks.0.0.weight": (8, 9, 3, 3)}, {}, "an inpainting or InstructPix2Pix model"),
-    ({f"{UNET}input_blocks.0.0.weight": (8, 4)}, {}, f"{UNET}input_blocks.0.0.weight has shape [8, 4]"),
     ({f"{UNET}input_blocks.0.0.weight": (0, 4, 3, 3)}, {}, f"{UNET}input_blocks.0.0.weight has shape [0, 4, 3, 3]"),
     ({f"{UNET}input_blocks.4.0.out_layers.3.weight": (16, 8, 3, 3)}, {}, "has shape [8, 8, 3, 3], expected [16, 8, 3"),
     ({f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 1024)}, {}, "Stable Diffusion 2.x"),
     ({}, {"unet": 3}, "norm_groups is 32, but must be a whole number that divides 8"),
-    ({}, {"unet": {"norm_groups": 7}}, "norm_groups is 7, but"),
-    ({}, {"text": {"num_heads": {"a": []}}}, "num_heads is {'a': []}, but"),
-    *[({}, {"latent_scale": scale}, "scale of latents is ") for scale in (0, -1, "nan", float("inf"), [], {"a": 1})],
+    *[({}, {"unet": {"norm_groups": odd}}, f"norm_groups is {odd}, but") for odd in (7, 0, True, 2.5, {"a": []})],
+    *[({}, {"latent_scale": scale}, "scale of latents is ") for scale in (0, "nan", float("inf"))],
 ]  # fmt: skip
 
 
@@ -249,8 +232,9 @@ def test_wrong_base_is_named(shapes, said, fragment, nano, tmp_path):
     wrong = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_tensors(tensors | wrong, tmp_path / "a.safetensors", config)
     message = refusal(StableDiffusion.load, tmp_path / "a.safetensors")
-    assert message.startswith(f"{tmp_path / 'a.safetensors'}: ")
-    assert all(part in message for part in fragment.split(".* "))
+    assert message.startswith(f"{tmp_path / 'a.safetensors'}: ") and all(
+        part in message for part in fragment.split(".* ")
+    )
 
 
 def test_metadata_of_other_programs_says_nothing():
@@ -261,10 +245,9 @@ def test_metadata_of_other_programs_says_nothing():
 
 
 def test_a_bug_keeps_its_traceback(nano, monkeypatch):
-    for ours in (AttributeError, TypeError, KeyError):
-        monkeypatch.setattr(UNet, "__init__", lambda *_, error=ours: (_ for _ in ()).throw(error("a bug")))
-        with pytest.raises(ours, match="a bug"):
-            StableDiffusion.load(nano)
+    monkeypatch.setattr(UNet, "__init__", lambda *_: {}["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        StableDiffusion.load(nano)
 
 
 NAMES_IN_FILES = [
@@ -282,7 +265,6 @@ def test_errors_call_a_tensor_what_its_file_calls_it(layout, name, controlnet, u
         f"{name} [8] is missing": {other: tensor for other, tensor in good.items() if other != name},
         f"{name} has shape [2], expected [8]": good | {name: torch.zeros(2)},
         f"{name} holds torch.int8 numbers, not weights": good | {name: torch.zeros(8, dtype=torch.int8)},
-        f"{name} has NaN or infinity in it": good | {name: torch.tensor([0, float("nan")] * 4)},
         f"{name} has NaN or infinity in it; such": good | {name: torch.tensor([0, -float("inf")] * 4).half()},
         f"{unknown} [2] is no part of the model": good | {unknown: torch.zeros(2)},
         f"{hint} takes 6 hint channels, only 3 are read": good | {hint: torch.zeros(4, 6, 3, 3)},
@@ -293,22 +275,11 @@ def test_errors_call_a_tensor_what_its_file_calls_it(layout, name, controlnet, u
         assert refusal(load_controlnet, path, unet).startswith(f"{path}: {message}")
 
 
-def test_large_weights_in_half_precision_are_finite(unet):
-    """Their sum would overflow in fp16."""
-    tensors = {name: tensor.half() for name, tensor in official_state_dict(unet).items()}
-    tensors["model.diffusion_model.out.2.weight"].fill_(60_000)
-    with torch.device("meta"):
-        copy = UNet(unet.config)
-    load_official(copy, tensors)
-    assert copy.conv_out.weight.max() == 60_000
-
-
 WRONG_FILES = [  # shapes of tensors, what they are
     ({"lora_controlnet": ()}, "a Control-LoRA"),
     ({"adapter.body.0.block1.weight": (320, 256, 3, 3)}, "a T2I-Adapter"),
     ({"x.lora_up.weight": (4, 4)}, "a LoRA: it only modifies"),
     ({"control_model.x": (4, 4), "ctrl_to_base.x": (4, 4)}, "a ControlNet-XS"),
-    ({"double_blocks.0.weight": (4, 4)}, "a diffusion transformer such as Flux"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "add_embedding.linear_1.weight": (4, 4)}, "SDXL"),
     ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
       "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024)}, "Stable Diffusion 2.x"),
@@ -364,6 +335,16 @@ def test_a_vae_of_ones_own(form, nano, diffusers_base, tmp_path):
     for name, tensor in whole.vae.state_dict().items():
         assert torch.equal(sd.vae.state_dict()[name], tensor + 0.125)
     assert same_state(StableDiffusion.load(diffusers_base, path).vae, sd.vae)
+
+
+def test_a_file_of_the_wrong_length(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(7))
+    assert f"has 7 bytes after its last tensor: cut them off (truncate -s {len(whole)})" in refusal(read_tensors, path)
+    path.write_bytes(whole[:-5])
+    assert "is damaged, 5 bytes are missing at its end" in refusal(read_tensors, path)
 
 
 def test_shuffle_is_named_once(controlnet, tmp_path, monkeypatch, capsys):

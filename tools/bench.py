@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -30,39 +29,35 @@ from sample import generate
 from stable_diffusion import SD15, TINY, StableDiffusion
 from support import options
 from support.devices import PRECISIONS, choose_device, place, place_for_sampling
-from support.errors import UserError
 from tools import versus_diffusers as theirs
 from tools.versus_diffusers import GUIDANCE_SCALE, SAMPLING_STEPS, Work
 from vae import sample_latent
-
-QUIET = 0.8  # of the time a process runs, at least, when it has the machine to itself
 
 
 def networks(args: Namespace, device: torch.device) -> tuple[StableDiffusion, ControlNet]:
     """A base whose tokenizer gives `args.ids`, and a ControlNet in float32, with random weights."""
     preset = args.preset
     sd = StableDiffusion(lambda _: args.ids, preset.text, preset.vae, preset.unet, preset.latent_scale)
-    sd.requires_grad_(False).to(device)
-    return sd, ControlNet.from_unet(sd.unet, preset.hint_channels, preset.hint_init)
+    controlnet = ControlNet.from_unet(sd.requires_grad_(False).to(device).unet, preset.hint_channels, preset.hint_init)
+    return sd, controlnet
 
 
 def training(args: Namespace, device: torch.device) -> Work:
     """A step of train.py, when it meets the pictures for the first time; the miniature knows them from earlier."""
     sd, controlnet = networks(args, device)
     precision, schedule = PRECISIONS[args.precision], NoiseSchedule(device=device)
-    model = place(Denoiser(sd.unet, controlnet, precision=precision, checkpointing=args.gradient_checkpointing), device)
+    model = place(Denoiser(sd.unet, controlnet, precision=precision), device)
     learning = model.trainable_parameters()
     optimizer = torch.optim.AdamW(learning, lr=args.preset.learning_rate, fused=True)
-    images, hints = (torch.rand(args.batch_size, 3, *args.size).to(device) for _ in range(2))
-    shape = (args.batch_size, sd.vae.config.latent_channels, args.size[0] // 8, args.size[1] // 8)
+    images, hints = torch.rand(2, args.batch_size, 3, args.resolution, args.resolution).to(device)
     encode = cache(sd.vae.encode) if args.work == "tiny" else sd.vae.encode
 
     def step(lap: Callable[[str], None]) -> None:
         with torch.no_grad(), torch.autocast(device.type, precision, enabled=args.precision != "fp32"):
             moments, context = encode(images).float(), sd.encode_prompts([""] * len(images))
         lap("encode")
-        vae_noise, eps = (torch.randn(shape, device=device) for _ in range(2))
-        t = torch.randint(schedule.steps, shape[:1], device=device)
+        vae_noise, eps = torch.randn(2, *moments[:, :4].shape, device=device)
+        t = torch.randint(schedule.steps, (len(eps),), device=device)
         z0 = sd.latent_scale * sample_latent(moments, vae_noise)
         predicted = model(schedule.add_noise(z0, eps, t), t, context, hints)
         lap("forward")
@@ -79,7 +74,7 @@ def training(args: Namespace, device: torch.device) -> Work:
 def sampling(args: Namespace, device: torch.device) -> Work:
     sd, controlnet = networks(args, device)
     place_for_sampling(sd, [controlnet], device, args.precision)
-    hints, prompts = torch.rand(args.batch_size, 3, *args.size), [""] * args.batch_size
+    hints, prompts = torch.rand(args.batch_size, 3, args.resolution, args.resolution), [""] * args.batch_size
 
     def step(lap: Callable[[str], None]) -> None:
         generate(sd, [controlnet], [hints], prompts, steps=SAMPLING_STEPS, guidance_scale=GUIDANCE_SCALE)
@@ -96,35 +91,33 @@ WORK = {  # sizes, batch, pixels, our side, diffusers' side
 
 
 def measure(args: Namespace, side: int) -> Namespace:
-    """Of one side: seconds of each part in each step, the share of them that this thread ran, peak memory in bytes."""
+    """Of one side: seconds of each part in each step, and peak memory in bytes."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     device = choose_device(args.device, tune=side == 0)  # as train.py and sample.py do
     torch.manual_seed(0)
-    args.preset, args.size = WORK[args.work][0], (args.resolution, args.resolution)
+    args.preset = WORK[args.work][0]
     args.ids = torch.full((args.batch_size, 77), args.preset.text.vocab_size - 1)  # the work depends on no word
-    work, times, parts = WORK[args.work][3 + side](args, device), [], defaultdict(list)
+    work, parts, now = WORK[args.work][3 + side](args, device), defaultdict(list), 0.0
 
     def lap(part: str) -> None:
+        nonlocal now
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append((part, time.perf_counter()))
+        before, now = now, time.perf_counter()
+        parts[part].append(now - before)
 
     work(lap)  # to warm up
-    del times[:-1]
-    ran = time.thread_time()
+    parts.clear()
     for _ in range(args.steps):
         work(lap)
-    ran = time.thread_time() - ran
-    for (_, before), (part, now) in pairwise(times):
-        parts[part].append(now - before)
-    if device.type == "cuda":  # the thread waits for the card
-        return Namespace(parts=parts, running=1.0, peak=torch.cuda.max_memory_allocated())
+    if device.type == "cuda":
+        return Namespace(parts=parts, peak=torch.cuda.max_memory_allocated())
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return Namespace(parts=parts, running=ran / (times[-1][1] - times[0][1]), peak=int(peak[1]) * 1024)
+    return Namespace(parts=parts, peak=int(peak[1]) * 1024)
 
 
 def report(args: Namespace, results: tuple[list[Namespace], list[Namespace]]) -> None:
-    """A table of what the rounds of both sides measured. Raises UserError if the machine was busy."""
+    """A table of what the rounds of both sides measured."""
     print(f"{args.work}: batch {args.batch_size}, {args.resolution}x{args.resolution}, {args.precision}")
     print(f"{'':>24} {'here':>10} {'diffusers':>10}")
     seconds = [median(sum(laps) for r in rounds for laps in zip(*r.parts.values())) for rounds in results]
@@ -134,8 +127,6 @@ def report(args: Namespace, results: tuple[list[Namespace], list[Namespace]]) ->
         rows[f"{part}, s, mean"] = [fmean(lap for r in rounds for lap in r.parts[part]) for rounds in results]
     for name, (ours, others) in rows.items():
         print(f"{name:>24} {ours:>10.3f} {others:>10.3f}")
-    if (running := min(r.running for rounds in results for r in rounds)) < QUIET:
-        raise UserError(f"no ratio: the machine was busy, a side ran {running:.0%} of the time: try again later")
     print(f"ratio time {seconds[0] / seconds[1]:.2f}, memory {gigabytes[0] / gigabytes[1]:.2f}")
 
 
@@ -147,12 +138,9 @@ def main() -> None:
     add("--batch-size", type=options.positive_int, help="default: 1, tiny 8")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast and a bfloat16 locked part")
     options.add_device(parser)
-    add("--gradient-checkpointing", action="store_true", help="of train and tiny")
     add("--steps", type=options.positive_int, default=3, help="timed in each process, after one more (default: 3)")
     add("--rounds", type=options.positive_int, default=2, help="times that both sides take their turn (default: 2)")
     args = parser.parse_args()
-    if args.work == "sample" and args.gradient_checkpointing:
-        raise UserError("--gradient-checkpointing: sampling has no backward pass; leave it out")
     _, batch_size, resolution, *_ = WORK[args.work]
     args.batch_size, args.resolution = args.batch_size or batch_size, args.resolution or resolution
     results: tuple[list[Namespace], list[Namespace]] = [], []

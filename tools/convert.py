@@ -1,16 +1,14 @@
 """Turn a ControlNet's file into another program's layout: python -m tools.convert IN OUT --layout diffusers."""
 
-import sys
 from pathlib import Path
 
 from support.command import run_command_line
 
 import torch
 
-from formats.networks import read_controlnet, refuse_own
-from formats.sizes import unet_config
+from formats.networks import read_controlnet, refuse_own, unet_config
 from names import TABLES
-from support.errors import UserError
+from support.errors import UserError, warn
 from support.files import read_tensors
 from support.options import ArgumentParser
 from unet import UNet
@@ -41,8 +39,8 @@ def main() -> None:
     save_controlnet(load_controlnet(part, unet), args.output, args.layout, kept, decoder, DTYPES[args.dtype])
     print(f"{args.source}: ControlNet in the {part.layout.name} layout, {len(part.tensors)} tensors")
     if decoder and args.layout == "diffusers":
-        print("warning: the decoder that was trained with it stays behind, because diffusers' layout has no place for "
-              "it: pictures will differ", file=sys.stderr)  # fmt: skip
+        warn("the decoder that was trained with it stays behind, because diffusers' layout has no place for it: "
+             "pictures will differ")  # fmt: skip
     print(f"wrote {args.output}, {args.layout} layout, {args.dtype}")
 
 

@@ -18,11 +18,11 @@ from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.files import save_json
 from support.pictures import contact_sheet, save_picture
-from tools.pretrain import Fit, encode_scenes, learn_to_paint, pack
+from tools.pretrain import Plan, encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
-PLAN, SCENES = Fit(1500, 16, 5e-4, constant=0), 2000
+PLAN, SCENES = Plan(1500, 16, 5e-4, constant=0), 2000
 DUSK = 0.6  # of the brightness is lost where it is darkest
 HINTS, SHOWN = 32, 8  # held-out hints that are scored, and the first of them, which are shown
 
@@ -55,7 +55,7 @@ def main() -> None:
     folder, sd = ROOT / "runs" / "dusk", StableDiffusion.load("tiny")
     folder.mkdir(parents=True, exist_ok=True)
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, SCENES, at_dusk)
-    learn_to_paint("dusk", PLAN, folder, sd, moments, captions)
+    learn_to_paint("dusk", folder, sd, moments, captions, PLAN)
     pack(sd, folder / TINY_FILE.name, TINY_FILE.parent)
 
     pairs = DrawnImages(HINTS, TINY.resolution, DRAWN_HELD_OUT)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols
+from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols, join_pair
 from controlnet import zero_weights
 from data import COLOURS, SHAPES, draw_scene
 from diffusion import NoiseSchedule
-from formats.sizes import config_metadata
+from formats.networks import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.checkpoints import load_state, state_tensors
@@ -41,22 +41,28 @@ SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
 
 
-class Fit(NamedTuple):
-    """How a network is trained."""
+class Plan(NamedTuple):
+    """How a network is trained: a row of the table below."""
 
     steps: int
     batch: int
     learning_rate: float  # at its peak
     constant: float = 0.5  # share of the steps after which the learning rate falls to 0
     seed: int = SEED  # of the first step
+    # Of `learn_to_paint`: the parts of Stable Diffusion that learn, and the range of a time's weight (1 / SNR), one
+    # for each of as many equal parts of the steps.
+    learning: tuple[str, ...] = ("unet",)
+    weights: tuple[tuple[float, float], ...] = ((0.3, 4),)
 
 
-FITS = {
-    "vae": Fit(4000, 16, 1e-3),
-    "text": Fit(600, 128, 1e-3),
-    "unet": Fit(7000, 32, 1e-3),
-    "polish-1": Fit(2300, 64, 5e-4, constant=0, seed=100_000),
-    "polish-2": Fit(3000, 64, 5e-4, constant=0, seed=200_000),
+PLANS = {
+    "vae": Plan(4000, 16, 1e-3),
+    "text": Plan(600, 128, 1e-3),
+    # Stable Diffusion locks CLIP, but this text encoder was trained for a minute.
+    "unet": Plan(7000, 32, 1e-3, learning=("unet", "text_encoder"), weights=((1, 25), (1, 8))),
+    # For rounder circles and straighter edges: from the full learning rate down to 0, again and again.
+    "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
+    "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
 }
 CHECKPOINT_EVERY = 200
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
@@ -68,10 +74,6 @@ def draw_batch(stream: int, indices: range | list[int], size: int) -> tuple[Tens
     scenes = [draw_scene(np.random.default_rng([SEED, stream, size, i]), size, SHAPES) for i in indices]
     images = torch.from_numpy(np.stack([np.asarray(target) for _, target, _ in scenes]))
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, [caption for _, _, caption in scenes]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# merges: byte-pair encoding, learned on the captions
 
 
 def learn_merges(folder: Path) -> None:
@@ -91,18 +93,10 @@ def learn_merges(folder: Path) -> None:
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         for parts in words.values():
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i : i + 2] = ["".join(best)]
-                i += 1
+            join_pair(parts, best)
     text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     write_atomically(folder / "merges.txt", lambda path: path.write_text(text, encoding="utf-8"))
     print(f"{len(merges)} merges, {len(Tokenizer(merges).ids)} tokens")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The loop that the three networks share
 
 
 def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
@@ -110,31 +104,26 @@ def running_average(average: Tensor, value: Tensor, count: Tensor) -> Tensor:
     return torch.lerp(value, average, min(0.998, ((1 + count) / (10 + count)).item()))
 
 
-def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -> nn.Module:
+def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show, plan: Plan) -> nn.Module:
     """Train `module` as planned; returns it with the running average of its weights, which is what ships.
 
     loss_fn(step, generator) -> (loss, values for the log). All randomness of a step comes from its generator, so that
     a resumed run goes on as if it had not stopped. show(averaged module, step) is called at each checkpoint.
     """
-    steps, path = plan.steps, folder / f"{stage}.safetensors"
+    path, start = folder / f"{stage}.safetensors", 0
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     average = AveragedModel(module, avg_fn=running_average)
-    start = 0
+    modules = {"average": average, "module": module}
     if path.exists():
         tensors, metadata = read_tensors(path)
         start = int(metadata["step"])
-        load_state(tensors, {"average": average, "module": module}, optimizer)
+        load_state(tensors, modules, optimizer)
         print(f"{stage}: going on at step {start}")
 
-    def save(step: int) -> None:
-        tensors = state_tensors({"average": average, "module": module}, optimizer)
-        save_tensors({k: v.clone() for k, v in tensors.items()}, path, {"step": str(step)})
-
-    began = time.monotonic()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage)
+    began, bar = time.monotonic(), tqdm(range(start, plan.steps), initial=start, total=plan.steps, desc=stage)
     with open(folder / f"{stage}.jsonl", "a") as log:
         for step in bar:
-            rate = min(1.0, (step + 1) / 50) * min(1.0, (1 - step / steps) / (1 - plan.constant))
+            rate = min(1.0, (step + 1) / 50) * min(1.0, (1 - step / plan.steps) / (1 - plan.constant))
             optimizer.param_groups[0]["lr"] = rate * plan.learning_rate
             loss, values = loss_fn(step, torch.Generator().manual_seed(plan.seed + step))
             optimizer.zero_grad()
@@ -147,8 +136,9 @@ def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -
                 log.write(json.dumps(entry | {"seconds": round(time.monotonic() - began, 1)}) + "\n")
                 log.flush()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in entry.items() if k != "step"})
-            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-                save(step + 1)
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == plan.steps:
+                tensors = {name: tensor.clone() for name, tensor in state_tensors(modules, optimizer).items()}
+                save_tensors(tensors, path, {"step": str(step + 1)})
                 show(average.module, step + 1)
     return average.module
 
@@ -156,10 +146,6 @@ def fit(stage: str, plan: Fit, folder: Path, module: nn.Module, loss_fn, show) -
 def save_grid(path: Path, *rows: Tensor) -> None:
     """Rows of images [N, 3, H, W] in [-1, 1] as one picture."""
     save_picture(to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)), path)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# vae
 
 
 def pass_colours_through(vae: AutoencoderKL) -> None:
@@ -203,7 +189,7 @@ def train_vae(folder: Path) -> None:
     vae = AutoencoderKL(TINY.vae).to(memory_format=torch.channels_last)
     pass_colours_through(vae)
     unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
-    steps, batch, *_ = FITS["vae"]
+    steps, batch, *_ = PLANS["vae"]
 
     def loss_fn(step, generator):
         # Small scenes first: the same edges and colours at a sixteenth of the work.
@@ -227,26 +213,13 @@ def train_vae(folder: Path) -> None:
         tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
         save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
-    fit("vae", FITS["vae"], folder, vae, loss_fn, show)
+    fit("vae", folder, vae, loss_fn, show, PLANS["vae"])
 
 
-def load_merges(folder: Path) -> Tokenizer:
-    if not (folder / "merges.txt").exists():
-        raise UserError(f"{folder / 'merges.txt'} is missing: run `python -m tools.pretrain merges` first")
-    return Tokenizer.from_merges(folder / "merges.txt")
-
-
-def load_trained(folder: Path, stage: str, module: nn.Module, inside: str = "") -> None:
+def load_trained(path: Path, module: nn.Module, inside: str = "") -> None:
     """Load an earlier stage's averaged weights into `module`: all of them, or those whose names begin with `inside`."""
-    path, prefix = folder / f"{stage}.safetensors", f"average.module.{inside}"
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `python -m tools.pretrain {stage}` first")
-    tensors, _ = read_tensors(path)
+    tensors, prefix = read_tensors(path)[0], f"average.module.{inside}"
     module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# text
 
 
 class TinyCLIP(nn.Module):
@@ -274,7 +247,7 @@ class TinyCLIP(nn.Module):
 
 def train_text(folder: Path) -> None:
     torch.manual_seed(SEED)
-    tokenizer, clip, batch = load_merges(folder), TinyCLIP(), FITS["text"].batch
+    tokenizer, clip, batch = Tokenizer.from_merges(folder / "merges.txt"), TinyCLIP(), PLANS["text"].batch
 
     def similarities(model, stream, first, count):
         images, captions = draw_batch(stream, range(first, first + count), 32)
@@ -291,27 +264,19 @@ def train_text(folder: Path) -> None:
         right = (logits.argmax(dim=1) == torch.arange(len(logits))).float().mean()
         tqdm.write(f"text step {step}: {right:.0%} of captions find their own among {len(logits)} unseen pictures")
 
-    fit("text", FITS["text"], folder, clip, loss_fn, show)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# unet
+    fit("text", folder, clip, loss_fn, show, PLANS["text"])
 
 
 @torch.no_grad()
 def encode_scenes(
-    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] | None = None
+    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] = lambda images, _: images
 ) -> tuple[Tensor, list[str]]:
-    """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file.
-
-    Raises UserError if the file has another number of scenes.
-    """
+    """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
     if not path.exists():
         moments, captions = [], []
         for first in tqdm(range(0, count, 32), desc="encode"):
             images, texts = draw_batch(TRAIN, range(first, min(first + 32, count)), TINY.resolution)
-            images = change(images, texts) if change else images
-            moments.append(vae.encode(images.contiguous(memory_format=torch.channels_last)))
+            moments.append(vae.encode(change(images, texts).contiguous(memory_format=torch.channels_last)))
             captions += texts
         save_tensors({"moments": torch.cat(moments)}, path, {"captions": json.dumps(captions)})
     tensors, metadata = read_tensors(path)
@@ -322,33 +287,31 @@ def encode_scenes(
 
 def train_unet(folder: Path) -> None:
     torch.manual_seed(SEED)
-    sd = StableDiffusion(load_merges(folder), TINY.text, TINY.vae, TINY.unet, 1.0)
-    load_trained(folder, "vae", sd.vae)
-    load_trained(folder, "text", sd.text_encoder, "text.")
+    sd = StableDiffusion(Tokenizer.from_merges(folder / "merges.txt"), TINY.text, TINY.vae, TINY.unet, 1.0)
+    load_trained(folder / "vae.safetensors", sd.vae)
+    load_trained(folder / "text.safetensors", sd.text_encoder, "text.")
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
     noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
     sd.latent_scale = round(1 / sample_latent(moments[:1000], noise).std().item(), 5)
     print(f"latent scale {sd.latent_scale}")
-    learn_to_paint("unet", FITS["unet"], folder, sd, moments, captions, from_nothing=True)
+    learn_to_paint("unet", folder, sd, moments, captions, PLANS["unet"])
     pack(sd, TINY_FILE, folder)
 
 
 def polish(folder: Path) -> None:
-    """Train the UNet on, for rounder circles and straighter edges: twice from the full learning rate down to 0."""
+    """Train what ships on, by every plan of this name."""
     sd = StableDiffusion.load("tiny")
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
-    for stage in ("polish-1", "polish-2"):
-        learn_to_paint(stage, FITS[stage], folder, sd, moments, captions)
+    for stage, plan in PLANS.items():
+        if stage.startswith("polish"):
+            learn_to_paint(stage, folder, sd, moments, captions, plan)
     pack(sd, TINY_FILE, TINY_FILE.parent)
 
 
 def learn_to_paint(
-    stage: str, plan: Fit, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str],
-    from_nothing: bool = False,
-) -> None:  # fmt: skip
-    """Train the UNet of `sd`; from nothing, its text encoder too.
-
-    Stable Diffusion locks CLIP, but this text encoder was trained for a minute.
+    stage: str, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str], plan: Plan
+) -> None:
+    """Train the planned parts of `sd` on latents and captions, as encode_scenes gives them.
 
     Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
     picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so once the colours
@@ -357,8 +320,7 @@ def learn_to_paint(
     sd.to(memory_format=torch.channels_last).requires_grad_(False)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
-    learning = nn.ModuleDict({"unet": sd.unet} | ({"text": sd.text_encoder} if from_nothing else {}))
-    learning.requires_grad_(True)
+    learning = nn.ModuleDict({part: getattr(sd, part) for part in plan.learning}).requires_grad_(True)
     _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
@@ -372,23 +334,20 @@ def learn_to_paint(
         # float32: at 16x16 pixels autocast costs more than bfloat16 saves
         predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
         errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
-        limits = (0.3, 4) if not from_nothing else (1, 25) if step < plan.steps // 2 else (1, 8)
+        limits = plan.weights[step * len(plan.weights) // plan.steps]
         return (weights[t].clamp(*limits) * errors).mean(), {"eps": errors.detach().mean()}
 
     @torch.no_grad()
     def show(average, step):
         trained = StableDiffusion(sd.tokenizer, TINY.text, TINY.vae, TINY.unet, sd.latent_scale)
-        trained.vae, trained.text_encoder, trained.unet = sd.vae, sd.text_encoder, average["unet"]
-        if from_nothing:
-            trained.text_encoder = average["text"]
+        for name, part in {**dict(sd.named_children()), **average}.items():
+            setattr(trained, name, part)
         size = (TINY.resolution, TINY.resolution)
         images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
         save_grid(folder / f"{stage}.png", images[:8], images[8:])
 
-    average = fit(stage, plan, folder, learning, loss_fn, show)
-    sd.unet = average["unet"]
-    if from_nothing:
-        sd.text_encoder = average["text"]
+    for part, trained in fit(stage, folder, learning, loss_fn, show, plan).items():
+        setattr(sd, part, trained)
 
 
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
@@ -410,8 +369,8 @@ def measure(folder: Path) -> None:
     settings = {"size": (TINY.resolution,) * 2, "steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale}
     parts = range(0, len(captions), 32)
     samples = torch.cat([generate(sd, [], [], captions[i : i + 32], seed=i, **settings) for i in tqdm(parts)])
-    judged = torch.tensor([judge(sample, caption) for sample, caption in zip(samples, captions)]).mean(dim=0)
-    print("UNet: colour error {:.3f} (shape), {:.3f} (background), right shape {:.3f}".format(*judged.tolist()))
+    judged = np.mean([judge(sample, caption) for sample, caption in zip(samples, captions)], axis=0)
+    print("UNet: colour error {:.3f} (shape), {:.3f} (background), right shape {:.3f}".format(*judged))
     for label, pictures in {"true": images, "after the VAE": decoded, "painted": samples}.items():
         ragged = np.array([outline_error(picture) for picture in pictures])
         print(f"outlines, {label}: {ragged.mean():.3f} px from a true shape in the mean, "
@@ -425,15 +384,12 @@ def main() -> None:
         "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "polish": polish,
         "measure": measure,
     }  # fmt: skip
-    parser = ArgumentParser(
-        prog="python -m tools.pretrain", description="Make the miniature Stable Diffusion from nothing."
-    )
+    parser = ArgumentParser(prog="python -m tools.pretrain", description="Make the miniature from nothing.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/pretrain"), help="checkpoints, logs and previews")
     args = parser.parse_args()
-    for stage in args.stages:
-        if stage not in stages:
-            raise UserError(f"no stage {stage!r}: choose from {', '.join(stages)}")
+    if unknown := [stage for stage in args.stages if stage not in stages]:
+        raise UserError(f"no stage {unknown[0]!r}: choose from {', '.join(stages)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for stage in args.stages or stages:
         stages[stage](args.output_dir)

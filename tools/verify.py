@@ -20,8 +20,7 @@ from torch import Tensor
 from clip_text import MAX_LENGTH, Tokenizer
 from data import draw_fill50k
 from formats.diffusers import BASE_FILES, controlnet_settings, weights_in
-from formats.networks import read_controlnet, refuse_own
-from formats.sizes import hint_channels
+from formats.networks import hint_channels, read_controlnet, refuse_own
 from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, StableDiffusion
 from support import options

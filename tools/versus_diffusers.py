@@ -64,11 +64,8 @@ def training(args: Namespace, device: torch.device) -> Work:
 
     unet, vae, text, controlnet = networks(args, device)
     dtype, scheduler = unet.dtype, DDPMScheduler(**BETAS)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        controlnet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=args.preset.learning_rate)
-    images, hints = (torch.rand(args.batch_size, 3, *args.size).to(device, dtype) for _ in range(2))
+    images, hints = torch.rand(2, args.batch_size, 3, args.resolution, args.resolution).to(device, dtype)
     ids = args.ids.to(device)
 
     def step(lap: Callable[[str], None]) -> None:
@@ -105,7 +102,7 @@ def sampling(args: Namespace, device: torch.device) -> Work:
         scheduler=DDIMScheduler(**DDIM), safety_checker=None, feature_extractor=None,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    hints, ids = torch.rand(args.batch_size, 3, *args.size), args.ids.to(device)
+    hints, ids = torch.rand(args.batch_size, 3, args.resolution, args.resolution), args.ids.to(device)
 
     @torch.no_grad()
     def step(lap: Callable[[str], None]) -> None:
