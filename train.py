@@ -9,6 +9,7 @@ import math
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from support.command import run_command_line
 
@@ -20,16 +21,18 @@ from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, milestones, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
+from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.batches import EncodedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
+from support.dry_run import report
 from support.errors import UserError
 from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
-from weights import official_names, save_controlnet
+from weights import load_controlnet, load_decoders, official_names, save_controlnet
 
 
 def parse_arguments() -> Namespace:
@@ -40,6 +43,7 @@ def parse_arguments() -> Namespace:
     add, positive_int, count_or_zero = parser.add_argument, options.positive_int, options.count_or_zero
     add("--base", default="tiny", help=options.BASE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
+    add("--controlnet", help=f"go on from: {options.CONTROLNET} (default: a fresh copy of the base's encoder)")
     add("--max-train-steps", type=positive_int, help=f"optimizer steps {both('max_train_steps')}")
     add("--train-batch-size", type=positive_int, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=positive_int, default=1, help="batches for each step (default: 1)")
@@ -59,7 +63,11 @@ def parse_arguments() -> Namespace:
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
     add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
     Run.add_options(parser)  # --output-dir, --resume-from-checkpoint, --device, …: where, how often, how fast
-    return parser.parse_args()
+    add("--dry-run", action="store_true", decides=False, help="say what memory, disk and time it takes, and end")
+    args = parser.parse_args()
+    if args.controlnet and (args.hint_init, args.connection, args.copy) != (None, "zero", "full"):
+        raise UserError("--hint-init, --connection and --copy are for a fresh copy: leave them out with --controlnet")
+    return args
 
 
 @dataclass
@@ -77,6 +85,8 @@ class Training:
 
 def main() -> None:
     args = parse_arguments()
+    if args.dry_run:
+        return dry_run(args)
     with Run(args) as run:
         training = prepare(args, run)
         train(training, run)
@@ -85,18 +95,46 @@ def main() -> None:
         run.say_what_next()
 
 
+def dry_run(args: Namespace) -> None:
+    """Count what the same parts take, on networks without weights."""
+    make_base = partial(StableDiffusion.without_weights, args.base)
+    args = options.with_defaults(args, make_base().preset)
+    print(*report(args, make_base, assemble, train, generate), sep="\n")
+
+
 def prepare(args: Namespace, run: Run) -> Training:
     """Load the base, look at the pairs, make the ControlNet, and go back to where the run was."""
-    sd = StableDiffusion.load(args.base).requires_grad_(False)
+    sd, controlnet = StableDiffusion.load(args.base).requires_grad_(False), None
+    if args.controlnet:
+        controlnet, args.copy = start_from(args, sd, run)
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
     warn_if_slow(sd.unet, run.device)
     pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-    pairs = open_inputs(run, sd, pairs, held_out_pairs)
+    pairs = open_inputs(run, sd, controlnet, pairs, held_out_pairs)
+    training = assemble(args, run, sd, controlnet, pairs, held_out_pairs)
+    run.resume(training.denoiser.trained, training.optimizer, training.scaler)
+    return training
 
+
+def start_from(args: Namespace, sd: StableDiffusion, run: Run) -> tuple[ControlNet, str]:
+    """The ControlNet to go on from, which kind of copy it is, and with --unlock-decoder its decoder, into the base."""
+    path = locate_controlnet(args.controlnet)
+    controlnet = load_controlnet(path, sd.unet).requires_grad_(True)
+    if load_decoders(sd.unet, [path]) and not args.unlock_decoder:
+        raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
+    copy = "lite" if controlnet.lite else "full"
+    run.say(f"starting from the ControlNet in {path} ({copy}{', with its decoder' * args.unlock_decoder})")
+    return controlnet, copy
+
+
+def assemble(args: Namespace, run: Run, sd, controlnet: ControlNet | None, pairs, held_out_pairs) -> Training:
+    """All that the loop works with, as before the first step."""
     sd.to(run.device)
     torch.manual_seed(args.seed)  # for the hint encoder's weights
-    controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
+    if controlnet is None:
+        channels = args.preset.hint_channels
+        controlnet = ControlNet.from_unet(sd.unet, channels, args.hint_init, args.connection, args.copy)
     denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
         sd.unet, controlnet, precision=PRECISIONS[args.mixed_precision], unlock_decoder=args.unlock_decoder,
         only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
@@ -107,7 +145,6 @@ def prepare(args: Namespace, run: Run) -> Training:
     optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=args.learning_rate, fused=True)
     # fp16 has no numbers below 6e-8: the loss is scaled up, so that small gradients are not rounded to 0.
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.mixed_precision == "fp16")
-    run.resume(denoiser.trained, optimizer, scaler)
     return Training(args, sd, pairs, denoiser, optimizer, scaler, held_out)
 
 
