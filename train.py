@@ -26,13 +26,13 @@ from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.batches import EncodedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
-from support.dry_run import report
+from support.dry_run import dry_run
 from support.errors import UserError
 from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
-from weights import load_controlnet, load_decoders, official_names, save_controlnet
+from weights import load_controlnet, load_decoders, save_trained
 
 
 def parse_arguments() -> Namespace:
@@ -86,7 +86,10 @@ class Training:
 def main() -> None:
     args = parse_arguments()
     if args.dry_run:
-        return dry_run(args)
+        base = SOURCES.get(args.base, args.base)
+        return dry_run(
+            args, base, partial(StableDiffusion.without_weights, base), open_pairs, assemble, train, generate
+        )
     with Run(args) as run:
         training = prepare(args, run)
         train(training, run)
@@ -95,18 +98,16 @@ def main() -> None:
         run.say_what_next()
 
 
-def dry_run(args: Namespace) -> None:
-    """Count what the same parts take, on networks without weights."""
-    make_base = partial(StableDiffusion.without_weights, args.base)
-    args = options.with_defaults(args, make_base().preset)
-    print(*report(args, make_base, assemble, train, generate), sep="\n")
-
-
 def prepare(args: Namespace, run: Run) -> Training:
     """Load the base, look at the pairs, make the ControlNet, and go back to where the run was."""
     sd, controlnet = StableDiffusion.load(args.base).requires_grad_(False), None
     if args.controlnet:
-        controlnet, args.copy = start_from(args, sd, run)
+        path = locate_controlnet(args.controlnet)
+        controlnet = load_controlnet(path, sd.unet)
+        if load_decoders(sd.unet, [path]) and not args.unlock_decoder:
+            raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
+        args.copy = "lite" if controlnet.lite else "full"
+        run.say(f"starting from the ControlNet in {path} ({args.copy}), no fresh copy of the base's encoder")
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
     warn_if_slow(sd.unet, run.device)
@@ -115,17 +116,6 @@ def prepare(args: Namespace, run: Run) -> Training:
     training = assemble(args, run, sd, controlnet, pairs, held_out_pairs)
     run.resume(training.denoiser.trained, training.optimizer, training.scaler)
     return training
-
-
-def start_from(args: Namespace, sd: StableDiffusion, run: Run) -> tuple[ControlNet, str]:
-    """The ControlNet to go on from, which kind of copy it is, and with --unlock-decoder its decoder, into the base."""
-    path = locate_controlnet(args.controlnet)
-    controlnet = load_controlnet(path, sd.unet).requires_grad_(True)
-    if load_decoders(sd.unet, [path]) and not args.unlock_decoder:
-        raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
-    copy = "lite" if controlnet.lite else "full"
-    run.say(f"starting from the ControlNet in {path} ({copy}{', with its decoder' * args.unlock_decoder})")
-    return controlnet, copy
 
 
 def assemble(args: Namespace, run: Run, sd, controlnet: ControlNet | None, pairs, held_out_pairs) -> Training:
@@ -155,8 +145,12 @@ def train(training: Training, run: Run) -> None:
     model, batches, schedule = run.distribute(denoiser), pairs.batches(run), NoiseSchedule(device=run.device)
     batches_per_step, cooldown = args.gradient_accumulation_steps, round(args.cooldown * args.max_train_steps)
     global_size, rows = args.train_batch_size * run.processes, run.local_rows(args.train_batch_size)
+    if args.controlnet and held_out and not run.history:  # what its hint moves before the first step
+        run.history.append(known := {"step": 0} | held_out.response(denoiser))
+        run.log()
+        run.say(f"step 0: hint sensitivity {known.get('hint_sensitivity', math.nan):.1e}")
     if run.due(args.snapshot_steps):
-        export(training, run, snapshot=True)
+        export(training, run, f"snapshots/step-{run.step}.safetensors", torch.float16)
 
     for step in run.steps():
         left = args.max_train_steps - step  # the rate is constant, as released, but for the steps of the cooldown
@@ -205,7 +199,7 @@ def train(training: Training, run: Run) -> None:
         if run.due(args.validation_steps):
             entry |= held_out.preview(denoiser.controlnet, step)
         if run.due(args.snapshot_steps):
-            export(training, run, snapshot=True)
+            export(training, run, f"snapshots/step-{step}.safetensors", torch.float16)  # for draw.py
         run.log()
         run.say(*milestones(run.history))
         if run.due(args.checkpointing_steps):
@@ -214,25 +208,18 @@ def train(training: Training, run: Run) -> None:
 
 def save(training: Training, run: Run) -> None:
     """Write the ControlNet, the curves, and last the checkpoint, so that it never stands without the others."""
-    export(training, run)
+    export(training, run, "controlnet.safetensors")
     plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     run.save()
 
 
-def export(training: Training, run: Run, snapshot: bool = False) -> None:
-    """Write the ControlNet for other programs, with a decoder that was trained; for draw.py a snapshot, in float16."""
-    args, denoiser, decoder = training.args, training.denoiser, {}
+def export(training: Training, run: Run, file: str, dtype: torch.dtype | None = None) -> None:
+    """Write the ControlNet for other programs, with a decoder that was trained."""
+    args = training.args
     metadata = {"base": args.base, "steps": str(run.step), "config": json.dumps(run.config)}
     if args.base in SOURCES:  # of others it is not known
         metadata["license"] = args.preset.license
-    if args.unlock_decoder:
-        metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
-        names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
-        decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    file, dtype = "controlnet.safetensors", None
-    if snapshot:
-        file, dtype = f"snapshots/step-{run.step}.safetensors", torch.float16
-    save_controlnet(denoiser.controlnet, run.folder / file, metadata=metadata, others=decoder, dtype=dtype)
+    save_trained(training.denoiser, run.folder / file, metadata, dtype)
 
 
 if __name__ == "__main__":

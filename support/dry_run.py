@@ -6,9 +6,11 @@ what a card holds but for CUDA's own context, its kernels' workspaces and fragme
 
 import contextlib
 import copy
+import math
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -19,17 +21,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from support.batches import CHECKSUM, Batch
+from support.hub import on_hub
+from support.options import with_defaults
 from support.run import Run
 
 GB, TERA = 1e9, 1e12
 CARDS = 8, 12, 16, 24  # GB
 PEAKS = {"RTX 3090": 71, "RTX 4090": 165, "H100": 989}  # TFLOP/s of dense bf16 products summed in float32, by NVIDIA
 REACHED = 0.4  # of a card's peak: an estimate
-LIGHTER = {  # options that need less memory, and what they change
-    "--gradient-checkpointing": {"gradient_checkpointing": True},
-    "--mixed-precision auto": {"mixed_precision": "auto"},
-    "--train-batch-size 1 with --gradient-accumulation-steps": {"train_batch_size": 1},
-}
+FILL50K, FILL50K_ZIP = 50_000, 200_000_000  # pairs, bytes
 ATTENTION = {  # of the CPU, which PyTorch's own counter leaves out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -151,6 +151,7 @@ def count_training(
 ) -> dict:
     """The bytes at the peak of each phase, and what else a training takes, by train.py's own parts."""
     peaks, args = {}, copy.copy(args)
+    args.controlnet = None  # which takes what a fresh copy takes
     previews, args.validation_steps = args.validation_steps > 0, 0  # sampled here, in one step, and not written
     if args.mixed_precision == "auto":
         args.mixed_precision = "bf16"
@@ -195,34 +196,64 @@ def count_training(
     return {"peaks": peaks, "flop": flop, "encoding": pairs.encoding, "record": record} | numbers
 
 
-def report(args: Namespace, pairs: int, fetched: dict[str, float], parts: tuple) -> Iterator[str]:
-    """What `python train.py --dry-run` says, of a training with that many pairs; `fetched`: GB by what it is."""
-    taken = count_training(args, *parts)
-    peaks, size = taken["peaks"], 4 * taken["weights"]
-    yield "GB on a card: " + ", ".join(f"{peak / GB:.1f} {name}" for name, peak in peaks.items())
-    peak = max(peaks.values()) / GB
-    fits = [card for card in CARDS if peak + 1 <= card]
-    told = f"with a GB to spare, fits in {', '.join(map(str, fits))} GB" if fits else f"fits in none of {CARDS} GB"
+def dry_run(args: Namespace, base: str, make_base: Callable, open_pairs: Callable, *parts: Callable) -> None:
+    """Say what a training takes that train.py would do by these parts of it."""
+    sd = make_base()
+    args = with_defaults(args, sd.preset)
+    number, fetched = FILL50K, {}
+    if on_hub(base):
+        fetched["the base"] = 4 * sum(map(Tensor.numel, sd.parameters()))
+    if args.data == "fill50k" and not Path(args.data, "prompt.json").is_file():
+        fetched["fill50k"] = FILL50K_ZIP
+    else:
+        number = len(open_pairs(args.data, args.resolution, args.seed, args.validation_hints)[0])
+    taken = count_training(args, make_base, *parts)
+    say_memory(args, taken["peaks"], lambda args: count_training(args, make_base, *parts)["peaks"])
+    say_disk(args, taken, number, fetched)
+    flop, encoding = taken["flop"] / TERA, taken["encoding"] / TERA
+    print(f"TFLOP a step: {flop:.3g}, {encoding:.3g} of them to encode pictures that are met for the first time")
+    seconds = ", ".join(f"{card} {flop / (REACHED * peak):.2g}" for card, peak in PEAKS.items())
+    print(f"seconds a step, estimated at {REACHED:.0%} of the card's peak: {seconds}")
+
+
+def say_memory(args: Namespace, peaks: dict[str, int], count_peaks: Callable[[Namespace], dict[str, int]]) -> None:
+    """Print the peaks, on which cards they fit, and the option that saves most."""
+    print("GB on the card: " + ", ".join(f"{peak / GB:.1f} {name}" for name, peak in peaks.items()))
+    peak = max(peaks.values())
+    fits = [f"{card}" for card in CARDS if peak + GB <= card * GB]
+    told = f"with a GB to spare it fits in {', '.join(fits) or 'none of 8, 12, 16, 24'} GB"
     if len(fits) < len(CARDS):
         lighter = {}
-        for option, change in LIGHTER.items():
-            if any(getattr(args, name) != value for name, value in change.items()):
-                changed = count_training(Namespace(**vars(args) | change), *parts)["peaks"]
-                lighter[option] = max(changed.values()) / GB
-        best = min(lighter, key=lighter.get, default="a lower --resolution")
-        told += f"; what saves most is {best}" + (f": {lighter[best]:.1f} GB" if lighter else "")
-    yield told
-    yield "fetched, unless it was before: " + (", ".join(f"{k} {v:.1f} GB" for k, v in fetched.items()) or "nothing")
-    checkpoint = (size + 8 * taken["optimized"]) / GB
-    kept = min(args.checkpoints_total_limit, -(-args.max_train_steps // args.checkpointing_steps))
+        if peaks.get("in a preview") == peak:
+            lighter["--validation-steps 0"] = max(size for name, size in peaks.items() if name != "in a preview")
+        size = args.train_batch_size * args.gradient_accumulation_steps
+        for option, changes in (
+            ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+            (f"--train-batch-size 1 --gradient-accumulation-steps {size}",
+             {"train_batch_size": 1, "gradient_accumulation_steps": min(size, 2)}),  # more take no more memory
+        ):  # fmt: skip
+            if vars(args) != (changed := vars(args) | changes):
+                step = count_peaks(Namespace(**changed | {"validation_steps": 0}))["in a step"]
+                lighter[option] = max(step, *(peak for name, peak in peaks.items() if name != "in a step"))
+        best = min(lighter, key=lighter.get, default=None)
+        if best and lighter[best] < peak:
+            told += f"; what saves most is {best}: {lighter[best] / GB:.1f}"
+        else:
+            told += "; only a lower --resolution saves more"
+    print(told)
+
+
+def say_disk(args: Namespace, taken: dict, pairs: int, fetched: dict[str, int]) -> None:
+    """Print what is fetched, and what a run of so many pairs leaves."""
+    told = ", ".join(f"{what} {size / GB:.1f} GB" for what, size in fetched.items())
+    print(f"fetched, unless it was before: {told or 'nothing'}")
+    weights, checkpoint = 4 * taken["saved"], 4 * taken["saved"] + 8 * taken["trained"]  # float32; Adam's two moments
+    kept = min(args.checkpoints_total_limit, math.ceil(args.max_train_steps / args.checkpointing_steps))
     met = min(pairs, args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps)
-    disk = {f"{kept} checkpoints": kept * checkpoint, "one more while it is written": checkpoint,
-            "the result": size / GB, f"{met} targets": met * taken["record"] / GB}  # fmt: skip
+    disk = {f"{kept} checkpoints and one that is being written": (kept + 1) * checkpoint, "the result": weights,
+            f"{met} targets": met * taken["record"]}  # fmt: skip
     if args.snapshot_steps:
         snapshots = 1 + args.max_train_steps // args.snapshot_steps
-        disk[f"{snapshots} snapshots"] = snapshots * size / 2 / GB
-    yield f"GB of disk: {sum(disk.values()):.2f} (" + ", ".join(f"{k} {v:.2f}" for k, v in disk.items()) + ")"
-    flop, encoding = taken["flop"] / TERA, taken["encoding"] / TERA
-    yield f"TFLOP a step: {flop:.3g}, {encoding:.3g} of them to encode pictures that are met for the first time"
-    seconds = ", ".join(f"{card} {flop / (REACHED * peak):.2g}" for card, peak in PEAKS.items())
-    yield f"seconds a step at {REACHED:.0%} of a card's peak, an estimate: {seconds}"
+        disk[f"{snapshots} snapshots"] = snapshots * weights // 2
+    told = ", ".join(f"{what} {size / GB:.2f}" for what, size in disk.items())
+    print(f"GB of disk for the run: {sum(disk.values()) / GB:.2f} ({told})")
