@@ -83,8 +83,8 @@ class StableDiffusion(nn.Module):
 
     @classmethod
     def without_weights(cls, source: str | Path) -> "StableDiffusion":
-        """Its networks, on PyTorch's meta device. Nothing is fetched: what is not here has Stable Diffusion 1.5's sizes."""
-        sizes = {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text}
+        """Its networks, on the meta device. Nothing is fetched: what is not here has Stable Diffusion 1.5's sizes."""
+        source, sizes = SOURCES.get(source, source), {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text}
         if not on_hub(source):
             sizes = base_sizes(*read_base(Path(source)))
         with torch.device("meta"):

@@ -9,7 +9,6 @@ import math
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from support.command import run_command_line
 
@@ -86,10 +85,7 @@ class Training:
 def main() -> None:
     args = parse_arguments()
     if args.dry_run:
-        base = SOURCES.get(args.base, args.base)
-        return dry_run(
-            args, base, partial(StableDiffusion.without_weights, base), open_pairs, assemble, train, generate
-        )
+        return dry_run(args, StableDiffusion.without_weights, open_pairs, assemble, train, generate)
     with Run(args) as run:
         training = prepare(args, run)
         train(training, run)

@@ -155,7 +155,7 @@ def count_training(
     previews, args.validation_steps = args.validation_steps > 0, 0  # sampled here, in one step, and not written
     if args.mixed_precision == "auto":
         args.mixed_precision = "bf16"
-    run, sd = PretendedRun(args), make_base().requires_grad_(False)
+    run, sd = PretendedRun(args), make_base(args.base).requires_grad_(False)
     with pretending() as count:
         sd.to_empty(device=run.device)
         sd.tokenizer = lambda prompts: torch.zeros(len(prompts), sd.text_encoder.config.max_length, dtype=torch.int64)
@@ -196,12 +196,12 @@ def count_training(
     return {"peaks": peaks, "flop": flop, "encoding": pairs.encoding, "record": record} | numbers
 
 
-def dry_run(args: Namespace, base: str, make_base: Callable, open_pairs: Callable, *parts: Callable) -> None:
+def dry_run(args: Namespace, make_base: Callable, open_pairs: Callable, *parts: Callable) -> None:
     """Say what a training takes that train.py would do by these parts of it."""
-    sd = make_base()
+    sd = make_base(args.base)
     args = with_defaults(args, sd.preset)
     number, fetched = FILL50K, {}
-    if on_hub(base):
+    if args.base == "sd15" or on_hub(args.base):
         fetched["the base"] = 4 * sum(map(Tensor.numel, sd.parameters()))
     if args.data == "fill50k" and not Path(args.data, "prompt.json").is_file():
         fetched["fill50k"] = FILL50K_ZIP

@@ -3,7 +3,6 @@
 import re
 import sys
 from argparse import Namespace
-from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -12,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from sample import generate
-from stable_diffusion import SOURCES, StableDiffusion
+from stable_diffusion import StableDiffusion
 from support.dry_run import GB, count_training
 from support.options import with_defaults
 
@@ -20,11 +19,11 @@ from support.options import with_defaults
 def count(monkeypatch, *options) -> dict:
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     args: Namespace = train.parse_arguments()
-    make_base = partial(StableDiffusion.without_weights, SOURCES.get(args.base, args.base))
-    args = with_defaults(args, make_base().preset)
-    return count_training(args, make_base, train.assemble, train.train, generate)
+    args = with_defaults(args, StableDiffusion.without_weights(args.base).preset)
+    return count_training(args, StableDiffusion.without_weights, train.assemble, train.train, generate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "step"),
     [([], 10.5), (["--gradient-checkpointing"], 8.3), (["--train-batch-size", "8"], 14.3)],
