@@ -255,5 +255,5 @@ def say_disk(args: Namespace, taken: dict, pairs: int, fetched: dict[str, int]) 
     if args.snapshot_steps:
         snapshots = 1 + args.max_train_steps // args.snapshot_steps
         disk[f"{snapshots} snapshots"] = snapshots * weights // 2
-    told = ", ".join(f"{what} {size / GB:.2f}" for what, size in disk.items())
-    print(f"GB of disk for the run: {sum(disk.values()) / GB:.2f} ({told})")
+    told = ", ".join(f"{what} {size / GB:.2g}" for what, size in disk.items())
+    print(f"GB of disk for the run: {sum(disk.values()) / GB:.2g} ({told})")
