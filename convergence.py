@@ -114,10 +114,15 @@ class HeldOut:
     def preview(self, controlnet: ControlNet, step: int) -> dict[str, float | list[float]]:
         """Write previews/step-N.png; returns the scores, the base's beside them."""
         images = self.sample(controlnet)
-        rows = {"hint": self.hints * 2 - 1, "step 0": self.step_0, f"step {step}": images, "target": self.targets}
+        rows = {"hint": self.hints * 2 - 1, "base": self.step_0, f"step {step}": images, "target": self.targets}
         sheet = contact_sheet({label: row[:PREVIEWED] for label, row in rows.items()}, self.prompts[:PREVIEWED])
         save_picture(sheet, self.folder / f"step-{step}.png")
         return self.scores(images) | self.base_scores
+
+
+def heard_from_the_start(history: list[dict]) -> bool:
+    """Whether it began with a ControlNet whose hint moved the prediction (train.py --controlnet): nothing can jump."""
+    return bool(history) and history[0]["step"] == 0 and history[0].get("hint_sensitivity", 0) > 0
 
 
 def growth_step(history: list[dict]) -> int | None:
@@ -127,6 +132,8 @@ def growth_step(history: list[dict]) -> int | None:
     noise nor a single spike passes for growth.
     """
     smallest, running = math.inf, 0
+    if heard_from_the_start(history):
+        return None
     for entry in history:
         if value := entry.get("hint_sensitivity"):
             smallest = min(smallest, value)
@@ -142,6 +149,8 @@ def jump_step(history: list[dict]) -> int | None:
     That is of the mean of three measurements, as single ones fluctuate. About then samples begin to follow their
     hints: docs/convergence.md has how exactly, and in which trainings.
     """
+    if heard_from_the_start(history):
+        return None
     measured = [entry for entry in history if "hint_gap" in entry]
     for three in zip(measured, measured[1:], measured[2:]):
         if fmean(entry["hint_gap"] for entry in three) >= JUMP * fmean(entry["heldout_loss"] for entry in three):

@@ -11,7 +11,7 @@ from controlnet import HINT_CHANNELS
 from formats.diffusers import BASE_FILES, VAE_FILES
 from formats.layouts import load
 from formats.networks import base_sizes, read_base, read_tokenizer
-from support.hub import locate
+from support.hub import locate, on_hub
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_latent
 
@@ -82,6 +82,15 @@ class StableDiffusion(nn.Module):
         for network in (sd.unet, sd.vae, sd.text_encoder):
             load(network, parts.pop(0))  # one after the other, so that of a converted one only the copy is in memory
         return sd.eval()
+
+    @classmethod
+    def without_weights(cls, source: str | Path) -> "StableDiffusion":
+        """Its networks, on the meta device. Nothing is fetched: what is not here has Stable Diffusion 1.5's sizes."""
+        source, sizes = SOURCES.get(source, source), {"unet": SD15.unet, "vae": SD15.vae, "text": SD15.text}
+        if not on_hub(source):
+            sizes = base_sizes(*read_base(Path(source)))
+        with torch.device("meta"):
+            return cls(None, **{"latent_scale": SD15.latent_scale} | sizes).eval()
 
     @property
     def preset(self) -> Preset:

@@ -20,16 +20,18 @@ from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, milestones, plot_convergence
 from data import open_pairs
 from diffusion import NoiseSchedule
+from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
 from support.batches import EncodedPairs
 from support.devices import PRECISIONS, place, warn_if_slow
+from support.dry_run import dry_run
 from support.errors import UserError
 from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
-from weights import official_names, save_controlnet
+from weights import load_controlnet, load_decoders, save_trained
 
 
 def parse_arguments() -> Namespace:
@@ -41,6 +43,7 @@ def parse_arguments() -> Namespace:
     add("--base", default="tiny", help=options.BASE)
     add("--vae", default="", help=options.VAE)
     add("--data", help=f"drawn, drawn-palette, fill50k (fetched once), or a folder in its layout {both('data')}")
+    add("--controlnet", help=f"go on from: {options.CONTROLNET} (default: a fresh copy of the base's encoder)")
     add("--max-train-steps", type=positive_int, help=f"optimizer steps {both('max_train_steps')}")
     add("--train-batch-size", type=positive_int, help=f"of each process {both('train_batch_size')}")
     add("--gradient-accumulation-steps", type=positive_int, default=1, help="batches for each step (default: 1)")
@@ -60,7 +63,11 @@ def parse_arguments() -> Namespace:
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
     add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
     Run.add_options(parser)  # --output-dir, --resume-from-checkpoint, --device, …: where, how often, how fast
-    return parser.parse_args()
+    add("--dry-run", action="store_true", decides=False, help="say what memory, disk and time it takes, and end")
+    args = parser.parse_args()
+    if args.controlnet and (args.hint_init, args.connection, args.copy) != (None, "zero", "full"):
+        raise UserError("--hint-init, --connection and --copy are for a fresh copy: leave them out with --controlnet")
+    return args
 
 
 @dataclass
@@ -78,6 +85,8 @@ class Training:
 
 def main() -> None:
     args = parse_arguments()
+    if args.dry_run:
+        return dry_run(args, StableDiffusion.without_weights, open_pairs, assemble, train, generate)
     with Run(args) as run:
         training = prepare(args, run)
         train(training, run)
@@ -88,16 +97,31 @@ def main() -> None:
 
 def prepare(args: Namespace, run: Run) -> Training:
     """Load the base, look at the pairs, make the ControlNet, and go back to where the run was."""
-    sd = StableDiffusion.load(args.base, args.vae).requires_grad_(False)
+    sd, controlnet = StableDiffusion.load(args.base, args.vae).requires_grad_(False), None
+    if args.controlnet:
+        path = locate_controlnet(args.controlnet)
+        controlnet = load_controlnet(path, sd.unet)
+        if load_decoders(sd.unet, [path]) and not args.unlock_decoder:
+            raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
+        args.copy = "lite" if controlnet.lite else "full"
+        run.say(f"starting from the ControlNet in {path} ({args.copy}), no fresh copy of the base's encoder")
     args = options.with_defaults(args, sd.preset)
     run.begin(args)
     warn_if_slow(sd.unet, run.device)
     pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
-    pairs = open_inputs(run, sd, pairs, held_out_pairs)
+    pairs = open_inputs(run, sd, controlnet, pairs, held_out_pairs)
+    training = assemble(args, run, sd, controlnet, pairs, held_out_pairs)
+    run.resume(training.denoiser.trained, training.optimizer, training.scaler)
+    return training
 
+
+def assemble(args: Namespace, run: Run, sd, controlnet: ControlNet | None, pairs, held_out_pairs) -> Training:
+    """All that the loop works with, as before the first step."""
     sd.to(run.device)
     torch.manual_seed(args.seed)  # for the hint encoder's weights
-    controlnet = ControlNet.from_unet(sd.unet, args.preset.hint_channels, args.hint_init, args.connection, args.copy)
+    if controlnet is None:
+        channels = args.preset.hint_channels
+        controlnet = ControlNet.from_unet(sd.unet, channels, args.hint_init, args.connection, args.copy)
     denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
         sd.unet, controlnet, precision=PRECISIONS[args.mixed_precision], unlock_decoder=args.unlock_decoder,
         only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
@@ -108,7 +132,6 @@ def prepare(args: Namespace, run: Run) -> Training:
     optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=args.learning_rate, fused=True)
     # fp16 has no numbers below 6e-8: the loss is scaled up, so that small gradients are not rounded to 0.
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.mixed_precision == "fp16")
-    run.resume(denoiser.trained, optimizer, scaler)
     return Training(args, sd, pairs, denoiser, optimizer, scaler, held_out)
 
 
@@ -119,8 +142,12 @@ def train(training: Training, run: Run) -> None:
     model, batches, schedule = run.distribute(denoiser), pairs.batches(run), NoiseSchedule(device=run.device)
     batches_per_step, cooldown = args.gradient_accumulation_steps, round(args.cooldown * args.max_train_steps)
     global_size, rows = args.train_batch_size * run.processes, run.local_rows(args.train_batch_size)
+    if args.controlnet and held_out and not run.history:  # what its hint moves before the first step
+        run.history.append(known := {"step": 0} | held_out.response(denoiser))
+        run.log()
+        run.say(f"step 0: hint sensitivity {known.get('hint_sensitivity', math.nan):.1e}")
     if run.due(args.snapshot_steps):
-        export(training, run, snapshot=True)
+        export(training, run, f"snapshots/step-{run.step}.safetensors", torch.float16)
 
     for step in run.steps():
         left = args.max_train_steps - step  # the rate is constant, as released, but for the steps of the cooldown
@@ -169,7 +196,7 @@ def train(training: Training, run: Run) -> None:
         if run.due(args.validation_steps):
             entry |= held_out.preview(denoiser.controlnet, step)
         if run.due(args.snapshot_steps):
-            export(training, run, snapshot=True)
+            export(training, run, f"snapshots/step-{step}.safetensors", torch.float16)  # for draw.py
         run.log()
         run.say(*milestones(run.history))
         if run.due(args.checkpointing_steps):
@@ -178,25 +205,18 @@ def train(training: Training, run: Run) -> None:
 
 def save(training: Training, run: Run) -> None:
     """Write the ControlNet, the curves, and last the checkpoint, so that it never stands without the others."""
-    export(training, run)
+    export(training, run, "controlnet.safetensors")
     plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     run.save()
 
 
-def export(training: Training, run: Run, snapshot: bool = False) -> None:
-    """Write the ControlNet for other programs, with a decoder that was trained; for draw.py a snapshot, in float16."""
-    args, denoiser, decoder = training.args, training.denoiser, {}
+def export(training: Training, run: Run, file: str, dtype: torch.dtype | None = None) -> None:
+    """Write the ControlNet for other programs, with a decoder that was trained."""
+    args = training.args
     metadata = {"base": args.base, "steps": str(run.step), "config": json.dumps(run.config)}
     if args.base in SOURCES:  # of others it is not known
         metadata["license"] = args.preset.license
-    if args.unlock_decoder:
-        metadata["unlock_decoder"] = "true"  # sample.py then loads it into the base
-        names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
-        decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    file, dtype = "controlnet.safetensors", None
-    if snapshot:
-        file, dtype = f"snapshots/step-{run.step}.safetensors", torch.float16
-    save_controlnet(denoiser.controlnet, run.folder / file, metadata=metadata, others=decoder, dtype=dtype)
+    save_trained(training.denoiser, run.folder / file, metadata, dtype)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from controlnet import ControlNet
+from controlnet import ControlNet, Denoiser
 from formats import diffusers
 from formats.layouts import OFFICIAL, OWN, Part, load
 from formats.networks import HIDDEN, hint_channels, pick, read_controlnet
@@ -78,6 +78,16 @@ def save_controlnet(
         raise UserError(f"{path}: a ControlNet-lite has no diffusers layout, only this project's own")
     else:
         diffusers.save_controlnet_folder(controlnet, Path(path), dtype)
+
+
+def save_trained(denoiser: Denoiser, path: Path, metadata: dict[str, str], dtype: torch.dtype | None = None) -> None:
+    """Write what train.py trained: the ControlNet, and a decoder, which sample.py then loads into the base."""
+    decoder, names = {}, official_names(denoiser.unet)
+    if len(denoiser.trained) > 1:
+        metadata = metadata | {"unlock_decoder": "true"}
+        tensors = denoiser.unet.state_dict()
+        decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
+    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder, dtype=dtype)
 
 
 def brings_decoder(path: Path) -> bool:

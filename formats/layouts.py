@@ -34,8 +34,8 @@ class Layout:
 
 
 OFFICIAL = {network: Layout("official", rules, prefix) for network, (prefix, rules) in TABLES.items()}
-# The text encoder as some trainers write it, and old merges; a ControlNet and a VAE without prefix, as most are today; and
-# our own names: in checkpoints, and for the lite ablation, which no other program knows.
+# The text encoder as some trainers write it, and old merges; a ControlNet and a VAE without prefix, as most are today;
+# and our own names: in checkpoints, and for the lite ablation, which no other program knows.
 SHORT = "cond_stage_model.transformer."
 SHORT_TEXT = Layout("official", CLIP, SHORT, mark=f"{SHORT}final_layer_norm.weight")
 BARE = Layout("official", CONTROLNET, mark="input_hint_block.0.weight")

@@ -13,7 +13,7 @@ from support.errors import UserError, reading, writing
 from support.files import PARTIAL, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"
-TOLD_BY_CONTENT = ("base", "vae", "data")  # options that may change, as what they name may move
+TOLD_BY_CONTENT = ("base", "vae", "data", "controlnet")  # options that may change, as what they name may move
 
 
 def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def is_whole(path: Path) -> bool:
 def check_config(path: Path, config: dict) -> dict:
     """A saved config.json. Raises UserError if options that decide the result are no longer those in it."""
     saved = read_json(path)
-    may_change = ("max_train_steps", *TOLD_BY_CONTENT)
+    may_change = ["max_train_steps", *(name for name in TOLD_BY_CONTENT if saved.get(name) and config[name])]
     changed = [name for name in config if saved.get(name, config[name]) != config[name] and name not in may_change]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in changed)

@@ -34,16 +34,23 @@ def fetch(repo: str, file: str, advice: str) -> Path:
         return Path(cached if isinstance(cached, str) else hf_hub_download(repo, file))
 
 
+def on_hub(source: str | Path) -> tuple[str, str | None] | None:
+    """The repository and file of owner/repo:file, or of owner/repo (None); None of what means a local path."""
+    path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::(.+))?", str(source))
+    if path.exists() or not named or path.parts[0] == "runs":
+        return None
+    repo, file = named.groups()
+    missing = not file and (path.parent.exists() or path.suffix in WEIGHT_FILES)
+    return None if missing else (repo, file)
+
+
 def locate(source: str | Path, files: list[str], advice: str) -> Path:
     """A local path as it is; from the hub owner/repo:file, or owner/repo: the folder of its `files` (patterns)."""
-    path, on_hub = Path(source), re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::(.+))?", str(source))
-    if path.exists() or not on_hub or path.parts[0] == "runs":
-        return path
-    repo, file = on_hub.groups()
+    if not (named := on_hub(source)):
+        return Path(source)
+    repo, file = named
     if file:
         return fetch(repo, file, advice)
-    if path.parent.exists() or path.suffix in WEIGHT_FILES:
-        return path  # of a file that is missing
     from huggingface_hub import snapshot_download
 
     with fetching("a folder in diffusers' layout", repo, f"nor is there a file or folder {repo} here: {advice}"):

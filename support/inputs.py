@@ -17,23 +17,27 @@ from support.listing import refuse_broken
 from support.run import Run
 
 
-def open_inputs(run: Run, sd, pairs, held_out) -> EncodedPairs:
-    """Look at the base and at all pairs, and refuse to go on with others than the run began with."""
-    base = {
+def open_inputs(run: Run, sd, controlnet, pairs, held_out) -> EncodedPairs:
+    """Look at the base, the ControlNet to start from if there is one, and all pairs; refuse others than at first."""
+    networks = {"base's UNet": sd.unet, "base's VAE": sd.vae, "base's text encoder": sd.text_encoder}
+    if controlnet is not None:
+        networks["ControlNet that it starts from"] = controlnet
+    checksums = {
         name: digest(*(tensor.cpu().contiguous().numpy() for tensor in network.state_dict().values()))
-        for name, network in (("UNet", sd.unet), ("VAE", sd.vae), ("text encoder", sd.text_encoder))
-    } | {"tokenizer": digest(json.dumps(sd.tokenizer.tokens).encode())}
+        for name, network in networks.items()
+    } | {"base's tokenizer": digest(json.dumps(sd.tokenizer.tokens).encode())}
     contents, held_out_contents = look_at(pairs, held_out, record=run.folder / "cache" / "pictures.json")
     if run.writes:
-        inputs = [(f"the base's {name}", checksum) for name, checksum in base.items()]
+        inputs = [(f"the {name}", checksum) for name, checksum in checksums.items()]
         for some, found in ((pairs, contents), (held_out, held_out_contents)):
-            checksums = [digest(json.dumps(parts).encode())[:16] for parts in zip(some.prompts, found)]
-            inputs += [(some.name(i), checksum) for i, checksum in enumerate(checksums)]
+            for i, parts in enumerate(zip(some.prompts, found)):
+                inputs.append((some.name(i), digest(json.dumps(parts).encode())[:16]))
         remember(run.folder / "inputs.json", inputs, describe(run.device), run.checkpoint is not None)
         warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
         warn_if_inverted(pairs.name(0), pairs.hint(0))
     precision = "bf16" if run.args.mixed_precision == "bf16" else "float32"  # in fp16 the VAE can overflow
-    encoder = f"{base['VAE']} {pairs.resolution} {precision}"
+    vae = checksums["base's VAE"]
+    encoder = f"{vae} {pairs.resolution} {precision}"
     return EncodedPairs(pairs, contents, run.folder / "cache" / "moments", encoder, sd.vae.config.latent_channels)
 
 

@@ -48,6 +48,16 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
+def try_to_compile(device: torch.device) -> None:
+    """What torch.compile needs beside PyTorch is found missing here, not at the first step."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler, the linker, Triton: each has its own
+        reason = str(error).split("\n")[0]
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler (on Windows that of Visual Studio)"
+        raise UserError(f"--compile does not work here ({reason}): install {needed}, or leave it out") from None
+
+
 class Run:
     """A training's folder, device, processes, signals, log and checkpoints.
 
@@ -65,7 +75,9 @@ class Run:
         self.writes = self.rank == 0
         self.checkpoint, self.step, self.history = None, 0, []
         self.unsaved = False  # whether the weights are those after a whole step and still to be saved
-        self.signals, self.shown, self.exits = [], {}, contextlib.ExitStack()
+        self.signals, self.shown, self.bar, self.exits = [], {}, None, contextlib.ExitStack()
+        if args.compile:
+            try_to_compile(self.device)
 
     def __enter__(self) -> "Run":
         """Take hold of the folder, then join the other processes."""
@@ -214,7 +226,8 @@ class Run:
             self.log_book.write()
             entry, formats = self.history[-1], {"loss": ".4f", "lr": ".0e", "hint_sensitivity": ".1e"}
             self.shown |= {name: format(entry[name], form) for name, form in formats.items() if name in entry}
-            self.bar.set_postfix(self.shown, refresh=False)
+            if self.bar is not None:
+                self.bar.set_postfix(self.shown, refresh=False)
 
     def save(self) -> None:
         """Write a checkpoint of the last step."""

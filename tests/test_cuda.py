@@ -5,6 +5,7 @@ from support.command import run_command_line
 import pytest
 import torch
 from standin import ROOT, SAMPLE, deviation, read_run, run_main, small_unet, stand_in
+from test_dry_run import count
 
 import sample
 import train
@@ -153,22 +154,24 @@ def test_too_little_memory_is_one_line(card, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: out of memory")
 
 
-# At Stable Diffusion 1.5's size. The second figure is docs/stable-diffusion-1.5.md's, counted without CUDA's context,
-# workspaces and fragmentation; a tenth is left for those that PyTorch allocates.
+# At Stable Diffusion 1.5's size, by card. What is counted is without kernels' workspaces and fragmentation; a tenth is
+# left for those that PyTorch allocates.
 FITS = [
-    (24, 11.6, ["--train-batch-size", "4", "--validation-steps", "1"]),
-    (12, 9.2, ["--train-batch-size", "4", "--gradient-checkpointing", "--validation-steps", "1"]),
-    (24, 16.3, ["--train-batch-size", "4", "--gradient-checkpointing", "--unlock-decoder", "--validation-steps", "0"]),
+    (24, ["--validation-steps", "1"]),
+    (12, ["--gradient-checkpointing", "--validation-steps", "1"]),
+    (24, ["--gradient-checkpointing", "--unlock-decoder", "--validation-steps", "0"]),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gigabytes", "counted", "options"), FITS)
-def test_memory_of_training(card, gigabytes, counted, options, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("gigabytes", "options"), FITS)
+def test_memory_of_training(card, gigabytes, options, checkpoint, tmp_path, monkeypatch):
+    """As train.py --dry-run counts it."""
     cap(card, gigabytes)
+    counted = max(count(monkeypatch, "--base", "sd15", *options)["peaks"].values())
     base = ["--base", checkpoint("sd15"), "--data", SAMPLE, "--output-dir", tmp_path / "run", "--device", DEVICE]
     run_main(monkeypatch, train, *base, "--max-train-steps", "2", *options)
-    assert torch.cuda.max_memory_allocated(card) < 1.1 * counted * GB
+    assert 0.9 * counted < torch.cuda.max_memory_allocated(card) < 1.1 * counted
 
 
 @pytest.mark.slow

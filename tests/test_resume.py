@@ -399,7 +399,8 @@ def test_what_may_change_on_resume(monkeypatch):
     """Every option says for itself whether it decides the result; these do."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.parse_arguments().deciding == [
-        "base", "vae", "data", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+        "base", "vae", "data", "controlnet", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+        "learning_rate",
         "cooldown", "proportion_empty_prompts", "resolution", "seed", "mixed_precision", "validation_hints",
         "hint_init", "connection", "copy", "only_mid_control", "unlock_decoder",
     ]  # fmt: skip

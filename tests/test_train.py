@@ -18,7 +18,7 @@ import convergence
 import data
 import train
 from controlnet import ControlNet, Denoiser
-from convergence import RESPONSE_TIMES, HeldOut
+from convergence import RESPONSE_TIMES, HeldOut, growth_step, jump_step
 from data import DrawnImages, PairedImages
 from diffusion import NoiseSchedule
 from stable_diffusion import SD15, StableDiffusion
@@ -256,7 +256,9 @@ def test_auto_takes_what_the_device_is_fast_in(monkeypatch):
     assert fast_precision(torch.device("meta")) == "no"
 
 
-def test_where_it_runs_is_said(trained, capsys):
+def test_where_it_runs_is_said(trained, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):  # as some clusters leave them
+        monkeypatch.setenv(name, "")
     trained("--max-train-steps", "1", "--device", "cpu")
     said = capsys.readouterr()
     assert f"training on cpu ({torch.get_num_threads()} threads), mixed precision: no" in said.out
@@ -290,6 +292,65 @@ def test_unlocked_decoder_travels_with_the_controlnet(precision, nano, trained, 
     assert all(torch.equal(after[name], whole[name] if name in decoder else before[name]) for name in before)
     with pytest.raises(UserError, match="both bring a decoder"):
         load_decoders(sd.unet, [folder / "controlnet.safetensors" for folder in folders])
+
+
+def test_on_from_a_controlnet(nano, trained, four_steps, tmp_path, capsys):
+    """Its weights, not a fresh copy's: said, with what its hint moves before the first step. Told by its contents."""
+    first = tmp_path / "first.safetensors"
+    shutil.copy(four_steps / "controlnet.safetensors", first)
+    measured = ["--controlnet", first, "--validation-steps", "2", "--validation-hints", "2", "--snapshot-steps", "2"]
+    folder = trained(*measured, "--max-train-steps", "2")
+    start, *log = read_run(folder)
+    said = capsys.readouterr().out
+    assert f"starting from the ControlNet in {first} (full)" in said
+    assert start["step"] == 0 and start["hint_sensitivity"] > 0 and len(log) == 2
+    assert f"step 0: hint sensitivity {start['hint_sensitivity']:.1e}" in said
+    snapshot, loaded = (read_tensors(path)[0] for path in (folder / "snapshots" / "step-0.safetensors", first))
+    assert all(torch.equal(tensor, loaded[name].half()) for name, tensor in snapshot.items())
+    HeldOut(StableDiffusion.load(nano), PairedImages(SAMPLE, 64).select(slice(2)), 0, tmp_path / "base")
+    assert (folder / "previews" / "step-0.png").read_bytes() == (tmp_path / "base" / "step-0.png").read_bytes()
+    # Another place is the same ControlNet, another content is not, and neither is none.
+    resume = ["--resume-from-checkpoint", "latest", "--max-train-steps", "3"]
+    moved = first.rename(tmp_path / "moved.safetensors")
+    for source, told in ((four_steps / "checkpoints" / "step-2", "the ControlNet that it starts from is not what"),
+                         (None, "was made with --controlnet")):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            trained(*(["--controlnet", source] if source else []), *measured[2:], *resume)
+    assert len(read_run(trained("--controlnet", moved, *measured[2:], *resume))) == 4
+
+
+def test_no_jump_where_the_hint_was_heard_from_the_start():
+    """Nor growth: log and plot tell of neither, unless the ControlNet knew nothing."""
+    history = [{"step": i, "hint_sensitivity": 0.01 * 20**i, "hint_gap": 1, "heldout_loss": 1} for i in range(5)]
+    assert growth_step(history) is jump_step(history) is None
+    history[0]["hint_sensitivity"] = 0
+    assert (growth_step(history), jump_step(history)) == (4, 2)
+
+
+def test_what_a_controlnet_brings(trained, tmp_path):
+    """A lite one goes on as one, a decoder that was trained goes on with it; what is for a fresh copy is refused."""
+    lite = trained("--copy", "lite", "--max-train-steps", "1", folder=tmp_path / "lite") / "controlnet.safetensors"
+    folder = trained("--controlnet", lite, "--max-train-steps", "1")
+    assert read_tensors(folder / "controlnet.safetensors")[1]["copy"] == "lite"
+    both = trained("--unlock-decoder", "--max-train-steps", "1", folder=tmp_path / "both") / "controlnet.safetensors"
+    options = ["--controlnet", both, "--max-train-steps", "1", "--snapshot-steps", "1"]
+    with pytest.raises(UserError, match="brings a decoder that was trained with it: add --unlock-decoder"):
+        trained(*options, folder=tmp_path / "refused")
+    trained(*options, "--unlock-decoder", folder=tmp_path / "more")
+    start, loaded = (read_tensors(path)[0] for path in (tmp_path / "more" / "snapshots" / "step-0.safetensors", both))
+    assert all(torch.equal(tensor.half(), start[name]) for name, tensor in loaded.items())
+    with pytest.raises(UserError, match="are for a fresh copy"):
+        trained("--controlnet", lite, "--copy", "lite")
+
+
+def test_compiling_is_tried_first(tmp_path, trained, monkeypatch):
+    """Without a compiler it is one line, before the base is loaded or a folder made."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    with pytest.raises(UserError, match=r"^--compile does not work here \(.*compiler.*\): install a C\+\+ compiler"):
+        trained("--compile")
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard(trained, tmp_path, monkeypatch):
