@@ -52,15 +52,15 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "he" keeps it (He
-        # et al. 2015; their factor √2 is ReLU's, SiLU passes small values at half their size and wants 2), and the
-        # plateau before the sudden convergence is shorter.
-        if init == "he":
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "silu" keeps it: the
+        # standard deviation is 2 / sqrt(inputs), as SiLU passes small values at half their size (He et al. 2015 have √2
+        # for ReLU), and the plateau before the sudden convergence is shorter.
+        if init == "silu":
             for layer in layers[::2]:
                 nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
                 nn.init.zeros_(layer.bias)
         elif init != "default":
-            raise ValueError(f"hint_init is 'default' or 'he', not {init!r}")
+            raise ValueError(f"hint_init is 'default' or 'silu', not {init!r}")
         super().__init__(*layers, zero_weights(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
 

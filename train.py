@@ -57,7 +57,7 @@ def parse_arguments() -> Namespace:
     add("--validation-steps", type=count_or_zero, decides=False, help=f"0: never {both('validation_steps')}")
     add("--snapshot-steps", type=count_or_zero, decides=False, help=f"for draw.py; 0: none {both('snapshot_steps')}")
     add("--validation-hints", type=positive_int, default=8, help="held-out hints, sampled and scored (default: 8)")
-    add("--hint-init", choices=("default", "he"), help=f"of the hint encoder {both('hint_init')}")
+    add("--hint-init", choices=("default", "silu"), help=f"of the hint encoder {both('hint_init')}")
     add("--connection", choices=("zero", "gaussian"), default="zero", help="gaussian: the ablation of Fig. 8b")
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
@@ -92,7 +92,8 @@ def main() -> None:
         train(training, run)
         if run.unsaved:
             save(training, run)
-        run.say_what_next()
+        if training.held_out:
+            run.say_what_next(training.held_out.prompts[0])
 
 
 def prepare(args: Namespace, run: Run) -> Training:

@@ -106,6 +106,8 @@ def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = N
     """
     picture = path, "picture", "save it again as PNG or JPEG, smaller if it is huge"
     source = path if data is None else io.BytesIO(data)
+    if data is None and path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no regular file: pass a picture")
     with reading(*picture, damage=Exception), Image.open(source, formats=FORMATS) as image:
         (width, height), pixels = image.size, math.prod(image.size)
         if too_oblong(image):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 from argparse import Namespace
 from collections.abc import Iterator
@@ -236,11 +237,13 @@ class Run:
         limit = self.args.checkpoints_total_limit
         checkpoints.save_checkpoint(self.folder / "checkpoints", self.step, *self.state, self.config, limit)
 
-    def say_what_next(self) -> None:
-        result, args = self.folder / "controlnet.safetensors", self.args
+    def say_what_next(self, prompt: str) -> None:
+        """The command that goes on with a stopped run, or samples what was learned as the previews were."""
+        result, hint, args = self.folder / "controlnet.safetensors", self.folder / "previews" / "hint.png", self.args
         if self.step < args.max_train_steps:
             self.say(f"stopped at step {self.step}: the same command and --resume-from-checkpoint latest go on from it")
         else:
-            base = f"--base {args.base}" + f" --vae {args.vae}" * bool(args.vae)
-            place = f"{base} --controlnet {result} --resolution {args.resolution}"
-            self.say(f"now: python sample.py {place} --control-mode conditional --hint HINT.png --prompt PROMPT")
+            command = ["--base", args.base, *(["--vae", args.vae] if args.vae else []), "--controlnet", str(result)]
+            command += ["--resolution", str(args.resolution), "--control-mode", "conditional", "--prompt", prompt]
+            command += ["--hint", str(hint) if hint.exists() else "HINT.png"]
+            self.say(f"now: python sample.py {shlex.join(command)}")

@@ -28,7 +28,7 @@ def in_float64(nano, diffusers_base, tmp_path, monkeypatch):
         kind.from_pretrained(diffusers_base / folder).double().requires_grad_(False) for folder, kind in kinds.items()
     ]
     torch.manual_seed(0)
-    ours = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="he")
+    ours = ControlNet.from_unet(sd.unet, TINY.hint_channels, hint_init="silu")
     for conv in (*ours.zero_convs, ours.middle_zero_conv, ours.hint_encoder[-1]):
         torch.nn.init.normal_(conv.weight, std=0.05)  # as if trained, so that every tensor has a gradient
     save_controlnet(ours, tmp_path / "controlnet", layout="diffusers")

@@ -134,16 +134,16 @@ def test_ablations():
 
 
 def test_he_init_keeps_the_hint_alive():
-    """The released initialisation shrinks the hint's variation on its way to less than a hundredth; "he" does not."""
+    """The released initialisation shrinks the hint's variation on its way to less than a hundredth; "silu" does not."""
     hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     kept = {}
-    for init in ("default", "he"):
+    for init in ("default", "silu"):
         torch.manual_seed(0)
         encoder = HintEncoder(32, TINY.hint_channels, init)
         before_zero_conv = nn.Sequential(*list(encoder)[:-1])
         kept[init] = (before_zero_conv(hint).std(dim=(2, 3)).mean() / hint.std()).item()
     assert kept["default"] < 0.01
-    assert 1 < kept["he"] < 10  # SiLU passes more than half of values that are not small
+    assert 1 < kept["silu"] < 10  # SiLU passes more than half of values that are not small
 
 
 def test_control_weights():

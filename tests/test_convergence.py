@@ -29,7 +29,7 @@ def sd():
 
 
 def untrained(sd):
-    return ControlNet.from_unet(sd.unet, TINY.hint_channels, "he").requires_grad_(False)
+    return ControlNet.from_unet(sd.unet, TINY.hint_channels, "silu").requires_grad_(False)
 
 
 # While a ControlNet trains

@@ -12,6 +12,18 @@ def test_as_many_steps_as_asked_for(steps):
     assert 1000 - -(-1000 // steps) <= timesteps.max() <= 999
 
 
+def test_one_noise_predictor_leads_back():
+    """With the true noise as its prediction, DDIM walks straight back to z_0, up to the noise left at t = 0."""
+    schedule, generator = NoiseSchedule(), torch.Generator().manual_seed(0)
+    z0, eps = (torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    z_T = schedule.add_noise(z0, eps, torch.full((2,), 951))
+    got = ddim(lambda z, t: eps, z_T, schedule, steps=20)
+    expected = schedule.add_noise(z0, eps, torch.zeros(2, dtype=torch.long))
+    # add_noise's two factors are below 1 and rounded to float32; the first step divides by sqrt(ᾱ_951) = 0.09.
+    rounding = 2**-25 * (z0.abs().max() + eps.abs().max())
+    assert (got - expected).abs().max() < rounding * (1 + 1 / schedule.alphas_cumprod[951].sqrt())
+
+
 def test_eta_draws_from_its_generator():
     def sample(eta, seed, dtype=torch.float32):
         z_T = torch.ones(1, 4, 8, 8, dtype=dtype)

@@ -1,5 +1,6 @@
 """Any picture in, samples and sheets out."""
 
+import os
 import struct
 
 import numpy as np
@@ -37,7 +38,8 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
     "make, told",
     [
         (lambda path: path.symlink_to(path), "too many levels of symbolic links; correct the path or its permissions"),
-        (lambda path: path.mkdir(), "is a directory; correct the path"),
+        (lambda path: path.mkdir(), "is no regular file"),
+        (os.mkfifo, "is no regular file"),  # reading it would wait for a writer
         (lambda path: path.write_bytes(POSTSCRIPT), "is damaged or no picture"),  # Pillow would start Ghostscript
         (lambda path: Image.fromarray(np.ones((64, 64), np.float32)).save(path, "TIFF"), "32 bits a channel"),
         (lambda path: Image.fromarray(np.full((64, 64), 200, np.int32)).save(path, "TIFF"), "32 bits a channel"),

@@ -28,7 +28,7 @@ def tiny():
 def controlnet(tiny):
     """Untrained but not silent: its residuals are noise from the hint, small enough to leave a picture."""
     torch.manual_seed(0)
-    return ControlNet.from_unet(tiny.unet, tiny.preset.hint_channels, "he", "gaussian").requires_grad_(False)
+    return ControlNet.from_unet(tiny.unet, tiny.preset.hint_channels, "silu", "gaussian").requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

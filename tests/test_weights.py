@@ -275,6 +275,16 @@ def test_errors_call_a_tensor_what_its_file_calls_it(layout, name, controlnet, u
         assert refusal(load_controlnet, path, unet).startswith(f"{path}: {message}")
 
 
+def test_large_weights_in_half_precision_are_finite(unet):
+    """Their sum would overflow in fp16."""
+    tensors = {name: tensor.half() for name, tensor in official_state_dict(unet).items()}
+    tensors["model.diffusion_model.out.2.weight"].fill_(60_000)
+    with torch.device("meta"):
+        copy = UNet(unet.config)
+    load_official(copy, tensors)
+    assert copy.conv_out.weight.max() == 60_000
+
+
 WRONG_FILES = [  # shapes of tensors, what they are
     ({"lora_controlnet": ()}, "a Control-LoRA"),
     ({"adapter.body.0.block1.weight": (320, 256, 3, 3)}, "a T2I-Adapter"),
