@@ -52,9 +52,9 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "silu" keeps it: the
-        # standard deviation is 2 / sqrt(inputs), as SiLU passes small values at half their size (He et al. 2015 have √2
-        # for ReLU), and the plateau before the sudden convergence is shorter.
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "silu" keeps it, and
+        # the plateau before the sudden convergence is shorter: a standard deviation of 2 / sqrt(inputs), since SiLU
+        # passes small values at half their size (He et al. 2015 have √2 for ReLU).
         if init == "silu":
             for layer in layers[::2]:
                 nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
