@@ -52,8 +52,8 @@ class HintEncoder(nn.Sequential):
             if i < len(hint_channels) - 1:
                 layers += [nn.Conv2d(width, width, 3, padding=1), nn.SiLU()]
             channels = width
-        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "silu" keeps it, and
-        # the plateau before the sudden convergence is shorter: a standard deviation of 2 / sqrt(inputs), since SiLU
+        # "default" is PyTorch's, as released: what varies over the hint shrinks from layer to layer. "silu" keeps it,
+        # and the plateau before the jump is shorter: a standard deviation of 2 / sqrt(inputs), since SiLU
         # passes small values at half their size (He et al. 2015 have √2 for ReLU).
         if init == "silu":
             for layer in layers[::2]:
