@@ -112,7 +112,7 @@ def test_encoding_follows_the_precision(precision, nano, tmp_path, monkeypatch):
         return open_inputs(run, sd, *pairs)
 
     monkeypatch.setattr(train, "open_inputs", spy)
-    monkeypatch.setattr(train, "HeldOut", lambda *_: SimpleNamespace())  # which encodes in float32 always
+    monkeypatch.setattr(train, "HeldOut", lambda *_: SimpleNamespace(prompts=[""]))  # which encodes in float32 always
     options = ["--base", nano, *QUICK, "--max-train-steps", "3", "--output-dir", tmp_path]
     run_main(monkeypatch, train, *options, "--mixed-precision", precision)
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
