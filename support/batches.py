@@ -68,7 +68,7 @@ class EncodedPairs(Dataset):
 
     def keep(self, index: int, moments: Tensor) -> Tensor:
         """Write a target's moments; returns them as they will be known."""
-        moments = moments.half().cpu()
+        moments = moments.half().cpu().contiguous()  # as it will be known: the order in memory decides that of sums
         numbers = moments.numpy().tobytes()
         with writing(self.path), open(self.path, "r+b") as file:
             file.seek(index * self.record_size)

@@ -51,6 +51,7 @@ def test_what_is_kept(sd, tmp_path):
     first, encoded = moments(sd, pairs, tmp_path / "moments")
     again, encoded_again = moments(sd, pairs, tmp_path / "moments")
     assert (encoded, encoded_again) == (5, 0) and torch.equal(first, again)
+    assert first.stride() == again.stride()  # which decides the order of sums
     for i in range(5):
         assert torch.equal(first[i], sd.vae.encode(pairs.image(i)[None])[0].half().float())
     known = EncodedPairs(pairs, [pairs.content(i) for i in range(5)], tmp_path / "moments", "encoder", 4)
