@@ -133,7 +133,9 @@ def is_whole(path: Path) -> bool:
 def check_config(path: Path, config: dict) -> dict:
     """A saved config.json. Raises UserError if options that decide the result are no longer those in it."""
     saved = read_json(path)
-    may_change = ["max_train_steps", *(name for name in TOLD_BY_CONTENT if saved.get(name) and config[name])]
+    may_change = {"max_train_steps", *TOLD_BY_CONTENT}
+    if not (saved.get("controlnet") and config["controlnet"]):  # to begin with one, or without, is another training
+        may_change.remove("controlnet")
     changed = [name for name in config if saved.get(name, config[name]) != config[name] and name not in may_change]
     if changed:
         options = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in changed)
