@@ -1,6 +1,8 @@
 import shutil
 from pathlib import Path
 
+import support.command  # noqa: F401  before torch, so that the suite is not twenty times as slow beside another program
+
 import pytest
 import torch
 from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
