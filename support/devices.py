@@ -21,7 +21,7 @@ def usable_cpus() -> int:
 def choose_device(name: str | None, tune: bool = True) -> torch.device:
     """The device called `name`, by default a GPU if there is one; under torchrun the process's own.
 
-    A CPU is tuned for repeatable sums and for memory that is used again, unless `tune` is False.
+    A CPU is tuned for memory that is used again, unless `tune` is False.
     """
     try:
         name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +33,6 @@ def choose_device(name: str | None, tune: bool = True) -> torch.device:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} is not there ({reason}): leave it out, or take cpu") from None
     if device.type == "cpu" and tune:
-        os.environ.setdefault("MKL_CBWR", "AUTO")  # sums always in the same order, so that runs are equal bit for bit
         keep_freed_memory()
     return device
 
