@@ -42,7 +42,7 @@ class Page(ThreadingTCPServer):
     allow_reuse_address = daemon_threads = True
 
     def __init__(self, port: int):
-        self.painting, self.ending = ThreadPoolExecutor(1), False
+        self.painting = ThreadPoolExecutor(1)
         try:
             super().__init__(("127.0.0.1", port), Request)
         except OSError as error:
@@ -58,22 +58,17 @@ class Page(ThreadingTCPServer):
             "snapshots": list(painter.paths), "curves": curves(log), "live": live, "numbers": NUMBERS, "values": values,
             "modes": list(modes), "detect": detect, "colours": colours, "largest": LARGEST_FILE,
         }  # fmt: skip
+        signal.signal(signal.SIGINT, end_at_once)
         print(f"the page is at http://127.0.0.1:{self.server_address[1]}; Ctrl-C ends it", flush=True)
-        try:
-            self.serve_forever()
-        finally:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # a second Ctrl-C
-            self.ending = True
-            self.painting.shutdown(cancel_futures=True)
+        self.serve_forever()
 
     def next_event(self, events: Iterator[dict], waiting: socket.socket) -> dict | None:
         self.waiting = waiting
         return next(events, None)
 
     def check(self) -> None:
-        """Raise ConnectionError if nobody waits for the picture in hand: a newer request, a closed page, Ctrl-C."""
-        closed = select.select([self.waiting], [], [], 0)[0] and not self.waiting.recv(1, socket.MSG_PEEK)
-        if closed or self.ending:
+        """Raise ConnectionError if nobody waits for the picture in hand: a newer request, a closed page."""
+        if select.select([self.waiting], [], [], 0)[0] and not self.waiting.recv(1, socket.MSG_PEEK):
             raise ConnectionAbortedError
 
 
@@ -120,7 +115,7 @@ class Request(BaseHTTPRequestHandler):
                 self.send(event)
             self.send({"done": True})
         except Exception as error:
-            if isinstance(error, ConnectionError) or self.server.ending:
+            if isinstance(error, ConnectionError):
                 return  # nobody waits any more
             sentence = str(error) if isinstance(error, UserError) else known_cause(error, "a lower --resolution")
             self.send({"error": sentence or "draw.py has a bug: its terminal says more"})
@@ -138,6 +133,12 @@ class Request(BaseHTTPRequestHandler):
         drawn, picture = asked["tab"] != "picture", open_image(Path(str(name)), LARGEST_PICTURE, data)
         hint = {"picture": picture, "drawn": drawn, "invert": "invert" in asked}
         return hint | {"prompt": prompt, "mode": mode} | numbers
+
+
+def end_at_once(*_) -> None:
+    """On Ctrl-C: Python's own end would wait for the picture in hand, and nothing here is to be saved."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def next_snapshot(steps: list[int], distances: dict[int, float]) -> int | None:

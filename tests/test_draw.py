@@ -183,13 +183,12 @@ def test_what_is_sent_to_the_server(server):
             ask(server, header)
 
 
-@pytest.mark.parametrize("times", (1, 2))
-def test_ctrl_c_amid_a_picture(run, times):
+def test_ctrl_c_amid_a_picture(run):
     with served(run, subprocess.PIPE) as (address, process), asking(address, steps="50") as answer:
         assert "hint" in json.loads(answer.readline())
-        for _ in range(times):
+        for _ in range(2):
             process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130 and process.stderr.read() in ("interrupted\n", "")
+        assert process.wait(120) == 130 and process.stderr.read().startswith("interrupted\n")
 
 
 # In the browser
