@@ -10,7 +10,7 @@ from metrics import circle_distance, prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.files import read_tensors
-from tools import pretrain
+from tools import fit, pretrain
 from tools.dusk import DUSK, at_dusk, iou_in_light
 from tools.shapes import judge
 from weights import load_controlnet
@@ -31,13 +31,13 @@ def test_it_is_small_and_official(tiny):
     assert "model.diffusion_model.input_blocks.0.0.weight" in tensors and "config" in metadata
     assert (tiny.unet.config, tiny.vae.config, tiny.text_encoder.config) == (TINY.unet, TINY.vae, TINY.text)
     assert tiny.latent_scale == TINY.latent_scale
-    images, _ = pretrain.draw_batch(pretrain.UNSEEN, range(8), 128)
+    images, _ = fit.draw_batch(fit.UNSEEN, range(8), 128)
     assert pretrain.reconstruct(tiny.vae, images)[1] >= 32  # dB: an error of 2.5 % of the range, hard to see
 
 
 def test_the_base_paints_what_the_prompt_says(tiny):
     """Eight unseen captions: colours nearer to what was asked than to the scene's other, shapes right; judged so."""
-    _, captions = pretrain.draw_batch(pretrain.UNSEEN, range(8), 8)
+    _, captions = fit.draw_batch(fit.UNSEEN, range(8), 8)
     images = generate(tiny, [], [], captions, size=(128, 128), steps=10, guidance_scale=TINY.guidance_scale)
     judged = torch.tensor([judge(image, caption) for image, caption in zip(images, captions)])
     assert judged[:, :2].mean() <= APART / 2 and judged[:, 2].sum() >= 7
@@ -69,7 +69,7 @@ def test_learning_merges(tmp_path):
 
 def test_stages_resume(tmp_path, monkeypatch):
     """The loop that the stages share: stopped after 2 of 4 steps and run again, it ends with the same weights."""
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(fit, "CHECKPOINT_EVERY", 2)
 
     def train(name, last=4):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -81,8 +81,8 @@ def test_stages_resume(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
 
-        plan = pretrain.Plan(4, 1, 1e-3)
-        return pretrain.fit("toy", tmp_path / name, model, loss_fn, lambda *_: None, plan).weight
+        plan = fit.Plan(4, 1, 1e-3)
+        return fit.fit("toy", tmp_path / name, model, loss_fn, lambda *_: None, plan).weight
 
     with pytest.raises(KeyboardInterrupt):
         train("parts", last=3)

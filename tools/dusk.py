@@ -17,8 +17,10 @@ from metrics import circle_distance, prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.files import save_json
+from support.options import ArgumentParser
 from support.pictures import contact_sheet, save_picture
-from tools.pretrain import Plan, encode_scenes, learn_to_paint, pack
+from tools.fit import Plan
+from tools.pretrain import encode_scenes, learn_to_paint, pack
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,7 @@ def iou_in_light(images: Tensor, hints: Tensor, captions: list[str], dusk: float
 
 
 def main() -> None:
+    ArgumentParser(prog="python -m tools.dusk", description="Make a second base, half an hour of two cores.").parse_args()
     folder, sd = ROOT / "runs" / "dusk", StableDiffusion.load("tiny")
     folder.mkdir(parents=True, exist_ok=True)
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, SCENES, at_dusk)

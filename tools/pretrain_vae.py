@@ -1,0 +1,121 @@
+"""The miniature's VAE: trained from nothing, then taught to forgive latents that are slightly off."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from controlnet import zero_weights
+from stable_diffusion import TINY
+from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
+from unet import ResBlock
+from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
+
+KL_WEIGHT = 2e-4
+MOST_NOISE = 0.26  # on a latent, in standard deviations of all latents
+
+
+def pass_colours_through(vae: AutoencoderKL) -> None:
+    """Initialise the VAE as a nearly linear map that keeps colours, so that it need not learn to.
+
+    A group norm divides by its group's spread, so flat colours, all that this world has, would survive only as
+    relations between channels. Here ResBlocks and attention start as identities, resamplers and 1x1 convolutions pass
+    their channels on, and random biases at the entrances give each group a spread that does not depend on the picture.
+    On two cores this reached 24 dB in 35 s, PyTorch's own initialisation 13 dB in 75 s.
+    """
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            zero_weights(module.conv2)
+            if isinstance(module.shortcut, nn.Conv2d):
+                nn.init.orthogonal_(module.shortcut.weight)
+        elif isinstance(module, SpatialAttention):
+            zero_weights(module.to_out)
+        elif isinstance(module, (Downsample, Upsample)):
+            nn.init.dirac_(module.conv.weight)
+            nn.init.zeros_(module.conv.bias)
+    for conv in (vae.encoder.conv_in, vae.encoder.conv_out, vae.decoder.conv_in, vae.decoder.conv_out):
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        nn.init.zeros_(conv.bias)
+    for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+        nn.init.normal_(conv.bias)
+    for conv in (vae.to_moments, vae.from_latent):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    with torch.no_grad():
+        vae.to_moments.bias[4:] = -5  # little noise at the start
+
+
+def train_vae(folder: Path, plan: Plan) -> None:
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(TINY.vae)
+    pass_colours_through(vae)
+
+    def loss_fn(step, generator):
+        # Small scenes first: the same edges and colours at a sixteenth of the work.
+        size = 32 if step < 0.35 * plan.steps else 64 if step < 0.85 * plan.steps else 128
+        images, _ = draw_batch(TRAIN, range(plan.batch * step, plan.batch * (step + 1)), size)
+        with torch.autocast("cpu", torch.bfloat16):
+            return reconstruction_loss(vae, images, generator, edge_weight=min(1.0, step / 300))
+
+    fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, watch("vae", folder), plan)
+
+
+def forgive(folder: Path, plan: Plan) -> None:
+    """Train encoder and decoder on with noise on the latents, of another size for each picture.
+
+    A UNet's latents are a little off. A VAE that never saw such a latent paints each error as a dent or a blotch; with
+    noise it learns codes that bear it. The lower a picture's contrast, the more it weighs: else edges between similar
+    colours get codes that drown in the noise.
+    """
+    vae = AutoencoderKL(TINY.vae).to(memory_format=torch.channels_last)
+    load_trained(folder / "vae.safetensors", vae)
+
+    def loss_fn(step, generator):
+        large = step >= 0.77 * plan.steps
+        first, count = 500_000 + plan.batch * step, plan.batch // 2 if large else plan.batch
+        images, _ = draw_batch(TRAIN, range(first, first + count), 64 if step % 2 and not large else 128)
+        if images.shape[-1] > 64 and not large:  # a part: outlines as smooth as in the whole, at a quarter of the work
+            places = torch.randint(65, (count, 2), generator=generator).tolist()
+            images = torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(images, places)])
+        noise = MOST_NOISE * torch.rand(count, 1, 1, 1, generator=generator)
+        contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(1).clamp(min=0.1)
+        return reconstruction_loss(vae, images, generator, noise, (0.7 / contrast).clamp(0.5, 2.5))
+
+    fit("forgive", folder, vae, loss_fn, watch("forgive", folder), plan)
+
+
+def reconstruction_loss(
+    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, noise: Tensor | float = 0.0,
+    weights: Tensor | float = 1.0, edge_weight: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """What is lost from a picture to its reconstruction, and its parts; `weights` [B] are the pictures'."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    moments = vae.encode(images).float()
+    mean, log_variance = moments[:, :4], moments[:, 4:].clamp(-30, 20)
+    deviation = (log_variance.exp() + (noise * mean.detach().std()) ** 2).sqrt()
+    error = vae.decode(mean + deviation * torch.randn(mean.shape, generator=generator)).float() - images
+    pixels, squares = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
+    edges = error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3))
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / images.numel()
+    loss = (weights * (pixels + 0.5 * squares + edge_weight * edges)).mean() + KL_WEIGHT * kl
+    return loss, {"pixels": pixels.detach().mean(), "edges": edges.detach().mean(), "kl": kl.detach()}
+
+
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The images, encoded (to the latent's mean) and decoded again, and the mean PSNR in dB."""
+    decoded = torch.cat([vae.decode(vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
+    return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
+
+
+def watch(stage: str, folder: Path):
+    """What fit is to show of a VAE."""
+    unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
+
+    @torch.no_grad()
+    def show(average, step):
+        decoded, psnr = reconstruct(average, unseen)
+        tqdm.write(f"{stage} step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
+        save_grid(folder / f"{stage}.png", unseen[:8], decoded[:8])
+
+    return show
