@@ -1,11 +1,30 @@
-"""What README quotes is what is there."""
+"""What README and docs quote and link to is what is there."""
 
 import inspect
+import json
+import re
 import textwrap
+from pathlib import Path
 
 from standin import ROOT
 
 from controlnet import ControlNet
+
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
+
+
+def prose(path: Path) -> str:
+    """A page's Markdown without its blocks of code; a notebook's too."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return re.sub("^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall("^#+ (.*)", prose(path), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_ten_lines_are_the_code():
@@ -13,3 +32,20 @@ def test_the_ten_lines_are_the_code():
     docstring = next(i for i, line in enumerate(code) if '"""' in line)
     block = "\n".join(code[:docstring] + code[docstring + 1 :])
     assert f"```python\n{block}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))]
+    assert len(links) > 50
+    for page, link in links:
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists() and (not heading or heading in anchors(target)), (page, link)
+
+
+def test_named_tests_exist():
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    named = [name for page in PAGES for name in re.findall(r"`(test_\w+)`", prose(page))]
+    assert len(named) > 10
+    for name in named:
+        assert f"def {name}(" in tests, name
