@@ -54,7 +54,7 @@ def iou_in_light(images: Tensor, hints: Tensor, captions: list[str], dusk: float
 
 
 def main() -> None:
-    ArgumentParser(prog="python -m tools.dusk", description="Make a second base, half an hour of two cores.").parse_args()
+    ArgumentParser(prog="python -m tools.dusk", description="Make a second base, in half an hour.").parse_args()
     folder, sd = ROOT / "runs" / "dusk", StableDiffusion.load("tiny")
     folder.mkdir(parents=True, exist_ok=True)
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, SCENES, at_dusk)
