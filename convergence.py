@@ -27,7 +27,7 @@ from support.devices import choose_device, describe, place_for_sampling, samplin
 from support.errors import UserError, warn
 from support.files import read_json
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
-from support.plot import plot_checkpoints, plot_logs
+from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
 from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
 from vae import sample_latent
@@ -245,17 +245,19 @@ def main() -> None:
     warn_if_slow(sd.unet, device)
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
-    measured = {}
+    history = []
     for step, path in checkpoints.items():
         controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-        if load_decoders(sd.unet, [path]) and not measured:
+        if load_decoders(sd.unet, [path]) and not history:
             print("its decoder was trained too: the column none is the base with that decoder")
         place_for_sampling(sd, [controlnet], device, precision)
-        measured[step] = measure(sd, controlnet, pairs, args.seed)
-        print(f"{path}: {summary(measured[step])}; {verdict(measured[step])}")
-    print_table(measured[max(measured)])
-    if len(measured) > 1:
-        plot_checkpoints(measured, args.output)
+        measured = measure(sd, controlnet, pairs, args.seed)
+        print(f"{path}: {summary(measured)}; {verdict(measured)}")
+        fields = {"heldout_loss": "own", "hint_sensitivity": "sensitivity", "hint_gap": "gap"}
+        history.append({"step": step} | {field: measured.figures()[name][0] for field, name in fields.items()})
+    print_table(measured)
+    if len(history) > 1:
+        plot_convergence({args.controlnet: history}, args.output)
         print(f"wrote {args.output}")
 
 

@@ -202,7 +202,7 @@ def test_command_line(monkeypatch, capsys):
     printed = told.out.splitlines()
     assert "trained on" not in told.err and "its decoder" not in told.out
     assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
-    assert printed[2].startswith(f"{SHIPPED}: loss ") and printed[2].endswith(
+    assert printed[1].startswith(f"{SHIPPED}: loss ") and printed[1].endswith(
         "; 2 pairs are too few for a verdict: take 8 or more"
     )
     assert printed[4].lstrip().startswith("125 to 249 ") and printed[-1].lstrip().startswith("all ")
