@@ -47,7 +47,7 @@ class SpatialAttention(nn.Module):
         return x + self.to_out(h.mT.unflatten(2, x.shape[2:]))
 
 
-def middle(channels, norm_groups) -> nn.Sequential:
+def make_middle(channels, norm_groups) -> nn.Sequential:
     """ResBlock, attention, ResBlock, at the latent's resolution."""
     res = partial(resnet, channels, channels, norm_groups=norm_groups)
     return nn.Sequential(OrderedDict(resnet1=res(), attention=SpatialAttention(channels, norm_groups), resnet2=res()))
@@ -64,7 +64,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def level(in_channels, out_channels, num_res_blocks, norm_groups, resample) -> nn.Sequential:
+def make_level(in_channels, out_channels, num_res_blocks, norm_groups, resample) -> nn.Sequential:
     """The ResBlocks of one resolution, then the resampler to the next one, if any."""
     widths = [in_channels, *[out_channels] * num_res_blocks]
     resnets = [resnet(*io, norm_groups=norm_groups) for io in zip(widths, widths[1:])]
@@ -82,8 +82,8 @@ class Encoder(nn.Module):
         self.levels = nn.Sequential()
         for i, (finer_width, width) in enumerate(zip([config.channels, *widths], widths)):
             resample = Downsample if i < len(widths) - 1 else None
-            self.levels.append(level(finer_width, width, config.num_res_blocks, groups, resample))
-        self.middle = middle(widths[-1], groups)
+            self.levels.append(make_level(finer_width, width, config.num_res_blocks, groups, resample))
+        self.middle = make_middle(widths[-1], groups)
         self.norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -99,18 +99,18 @@ class Decoder(nn.Module):
         super().__init__()
         widths, groups = [config.channels * mult for mult in config.channel_mult], config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.middle = middle(widths[-1], groups)
+        self.middle = make_middle(widths[-1], groups)
         self.levels = nn.ModuleList()
         for i, (width, coarser_width) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             resample = Upsample if i > 0 else None
-            self.levels.append(level(coarser_width, width, config.num_res_blocks + 1, groups, resample))
+            self.levels.append(make_level(coarser_width, width, config.num_res_blocks + 1, groups, resample))
         self.norm_out = GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.middle(self.conv_in(z))
-        for one in reversed(self.levels):  # coarse to fine
-            h = one(h)
+        for level in reversed(self.levels):  # coarse to fine
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
