@@ -9,8 +9,9 @@ from pathlib import Path
 
 import regex
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from unet import Attention
 
 MAX_LENGTH = 77  # token ids per prompt, start and end included
 NUM_MERGES = 48_894  # the published list is longer, but CLIP's vocabulary ends here
@@ -108,28 +109,13 @@ class CLIPTextConfig:
     max_length: int = MAX_LENGTH
 
 
-class Attention(nn.Module):
-    """Causal self-attention: [B, N, D] -> [B, N, D]. A token attends to itself and to those before it."""
-
-    def __init__(self, width, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected = self.to_q(x), self.to_k(x), self.to_v(x)
-        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)  # [B, heads, N, d]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # softmax(Q K^T / sqrt(d) + mask) V
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-
 class Layer(nn.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to its input."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
-        self.attention = Attention(config.width, config.num_heads)
+        self.attention = Attention(config.width, config.num_heads, bias=True, causal=True)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp_in = nn.Linear(config.width, config.mlp_width)
         self.mlp_out = nn.Linear(config.mlp_width, config.width)

@@ -5,10 +5,8 @@ another pair's hint changes in the prediction: hint sensitivity and hint gap, wh
 all of them on HeldOut pairs; `python convergence.py --controlnet FILE|RUN` the latter two, of any ControlNet.
 """
 
-import math
-import re
+from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 
 from support.command import run_command_line
 
@@ -24,11 +22,12 @@ from metrics import circle_iou, colour_error, is_circle_task
 from sample import generate, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
+from support.checkpoints import steps_in
 from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
 from support.errors import UserError, warn
 from support.files import read_json
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
-from support.plot import plot_checkpoints, plot_logs
+from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
 from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
 from vae import sample_latent
@@ -120,9 +119,10 @@ class HeldOut:
         return self.scores(images) | self.base_scores
 
 
-def heard_from_the_start(history: list[dict]) -> bool:
-    """Whether it began with a ControlNet whose hint moved the prediction (train.py --controlnet): nothing can jump."""
-    return bool(history) and history[0]["step"] == 0 and history[0].get("hint_sensitivity", 0) > 0
+def measurements(history: list[dict]) -> list[dict]:
+    """The entries with a hint gap; none if the hint moved the prediction from the start, as then nothing can jump."""
+    heard = history and history[0]["step"] == 0 and history[0].get("hint_sensitivity", 0) > 0  # train.py --controlnet
+    return [] if heard else [entry for entry in history if "hint_gap" in entry]
 
 
 def growth_step(history: list[dict]) -> int | None:
@@ -131,16 +131,11 @@ def growth_step(history: list[dict]) -> int | None:
     Seen: in three measurements running it was at least 10 times its smallest value so far, so that neither rounding
     noise nor a single spike passes for growth.
     """
-    smallest, running = math.inf, 0
-    if heard_from_the_start(history):
-        return None
-    for entry in history:
-        if value := entry.get("hint_sensitivity"):
-            smallest = min(smallest, value)
-            running = running + 1 if value >= GROWTH * smallest else 0
-            if running == 3:
-                return entry["step"]
-    return None
+    entries = [entry for entry in measurements(history) if entry["hint_sensitivity"] > 0]
+    values = [entry["hint_sensitivity"] for entry in entries]
+    grown = [value >= GROWTH * smallest for value, smallest in zip(values, accumulate(values, min))]
+    threes = zip(entries[2:], grown, grown[1:], grown[2:])
+    return next((entry["step"] for entry, *three in threes if all(three)), None)
 
 
 def jump_step(history: list[dict]) -> int | None:
@@ -149,21 +144,19 @@ def jump_step(history: list[dict]) -> int | None:
     That is of the mean of three measurements, as single ones fluctuate. About then samples begin to follow their
     hints: docs/convergence.md has how exactly, and in which trainings.
     """
-    if heard_from_the_start(history):
-        return None
-    measured = [entry for entry in history if "hint_gap" in entry]
-    for three in zip(measured, measured[1:], measured[2:]):
-        if fmean(entry["hint_gap"] for entry in three) >= JUMP * fmean(entry["heldout_loss"] for entry in three):
+    entries = measurements(history)
+    for three in zip(entries, entries[1:], entries[2:]):
+        if sum(entry["hint_gap"] for entry in three) >= JUMP * sum(entry["heldout_loss"] for entry in three):
             return three[-1]["step"]
     return None
 
 
 def milestones(history: list[dict]) -> list[str]:
     """What the last entry of a log tells the user on the console, a line each."""
-    entry, lines = history[-1] if history else {}, []
-    if "hint_gap" in entry and growth_step(history) == entry["step"]:
+    entry, lines = history[-1], []
+    if growth_step(history) == entry["step"]:
         lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
-    if "hint_gap" in entry and jump_step(history) == entry["step"]:
+    if jump_step(history) == entry["step"]:
         lines.append("the jump: another pair's hint raises the held-out loss by half")
     if "iou" in entry:
         lines.append(f"IoU of samples and hints {entry['iou']:.2f} (the base's: {entry['base_iou']:.2f}), "
@@ -180,7 +173,7 @@ def plot_convergence(histories: dict[str, list[dict]], path: Path) -> None:
 @torch.no_grad()
 def measure(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int = 0) -> Measurement:
     """Each pair at one time of each band, with the same times and noise for every ControlNet."""
-    schedule, rows, bands = NoiseSchedule(device=sd.device), {name: [] for name in (*HINTS, "moved")}, len(BANDS)
+    schedule, bands, losses, moved = NoiseSchedule(device=sd.device), len(BANDS), [], []
     for i in range(len(pairs)):
         generator, own, other = generator_for(seed, HELD_OUT, i), pairs.hint(i), pairs.other_hint(i)
         if torch.equal(own, other):
@@ -196,27 +189,24 @@ def measure(sd: StableDiffusion, controlnet: ControlNet, pairs: Pairs, seed: int
                 condition = controlnet.hint_encoder(hint[None].to(sd.device)).expand(bands, -1, -1, -1)
                 predicted[name] = sd.unet(z, t, context, controlnet.residuals(z, condition, t, context))
         errors = {name: predicted[name].cpu().double() - eps.cpu() for name in HINTS}
-        for name, error in (errors | {"moved": errors["own"] - errors["other"]}).items():
-            rows[name].append(error.square().mean(dim=(1, 2, 3)))
-    *losses, moved = (torch.stack(row) for row in rows.values())
-    return Measurement(dict(zip(HINTS, losses, strict=True)), moved)
+        losses.append([error.square().mean(dim=(1, 2, 3)) for error in errors.values()])
+        moved.append((errors["own"] - errors["other"]).square().mean(dim=(1, 2, 3)))
+    return Measurement({name: torch.stack(rows) for name, rows in zip(HINTS, zip(*losses))}, torch.stack(moved))
 
 
-def find_checkpoints(source: str) -> tuple[dict[int | None, Path], dict]:
-    """What --controlnet means, and the options of train.py that it was trained with, as far as they are known.
+def find_checkpoints(source: str) -> tuple[dict[int, Path], dict]:
+    """The ControlNets that --controlnet means, by step, and the options of train.py that made them, if they are known.
 
-    A training's checkpoints and snapshots by step, ours or diffusers'; or a single ControlNet, as that of step None.
+    A training's snapshots and checkpoints, ours or diffusers'; or a single ControlNet, of step 0.
     """
-    found, folder = {}, Path(source)
-    for place in ("snapshots/step-*", "step-*", "checkpoints/step-*", "checkpoint-*/controlnet"):
-        for path in folder.glob(place):
-            if match := re.search(r"(?:step|checkpoint)-(\d+)(?:/controlnet|\.safetensors)?$", path.as_posix()):
-                found[int(match[1])] = path
-    if found:
-        config = folder / "config.json"
-        return dict(sorted(found.items())), read_json(config) if config.is_file() else {}
-    path = locate_controlnet(source)
-    return {None: path}, own_metadata(read_controlnet(path).metadata, "config")
+    folder = Path(source)
+    found = steps_in(folder / "snapshots", ".safetensors") | steps_in(folder / "checkpoints")
+    theirs = {path.parent.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*/controlnet")}
+    found |= {int(step): path for step, path in theirs.items() if step.isdecimal()}
+    found = dict(sorted(found.items())) or {0: locate_controlnet(source)}
+    if (folder / "config.json").is_file():
+        return found, read_json(folder / "config.json")
+    return found, own_metadata(read_controlnet(found[max(found)]).metadata, "config")
 
 
 def parse_arguments():
@@ -244,30 +234,30 @@ def main() -> None:
         pairs = open_pairs(args.data, args.resolution, 0, args.pairs)[1]
         spared = len(pairs)
     else:
-        all_pairs = PairedImages(args.data, args.resolution)
-        pairs, spared = all_pairs.select(slice(-args.pairs, None)), len(all_pairs) // 10  # at most: data.open_pairs
-    if "data" in trained_with and Path(trained_with["data"]).resolve() == Path(args.data).resolve():
+        folder = PairedImages(args.data, args.resolution)
+        pairs, spared = folder.select(slice(-args.pairs, None)), len(folder) // 10  # at most: data.open_pairs
+    trained_on = trained_with.get("data", "drawn")
+    if trained_on not in DRAWN_PAIRS and Path(trained_on).resolve() == Path(args.data).resolve():
         unseen = min(trained_with["validation_hints"], spared)
-        if args.data not in DRAWN_PAIRS and unseen < len(pairs):
+        if unseen < len(pairs):
             warn(f"it was trained on these pairs but for the last {unseen}, and looks better than it is: train with "
                  "more --validation-hints, or take fewer --pairs")  # fmt: skip
     warn_if_slow(sd.unet, device)
     precision = sampling_precision(args.precision, device)
     print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
-    measured = {}
+    history = []
     for step, path in checkpoints.items():
         controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-        if load_decoders(sd.unet, [path]) and not measured:
+        if load_decoders(sd.unet, [path]) and not history:
             print("its decoder was trained too: the column none is the base with that decoder")
         place_for_sampling(sd, [controlnet], device, precision)
-        measured[step] = measure(sd, controlnet, pairs, args.seed)
-        if step is None:
-            print_table(measured[step])
-            print(f"{path}: {verdict(measured[step])}")
-        else:
-            print(f"step {step}: {summary(measured[step])}; {verdict(measured[step])}")
-    if None not in checkpoints:
-        plot_checkpoints(measured, args.output)
+        measured = measure(sd, controlnet, pairs, args.seed)
+        print(f"{path}: {summary(measured)}; {verdict(measured)}")
+        fields = {"heldout_loss": "own", "hint_sensitivity": "sensitivity", "hint_gap": "gap"}
+        history.append({"step": step} | {field: measured.figures()[name][0] for field, name in fields.items()})
+    print_table(measured)
+    if len(history) > 1:
+        plot_convergence({args.controlnet: history}, args.output)
         print(f"wrote {args.output}")
 
 

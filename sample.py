@@ -48,39 +48,36 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts, but {[len(hint) for hint in hints]} hints: one for each image")
     height, width = hints[0].shape[2:] if hints else size
     latent_shape = (sd.unet.config.in_channels, height // 8, width // 8)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
+    noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(sd.device)
     sides = 1 if guidance_scale == 1.0 else 2  # of guidance: at 1 the unconditional one cancels out
+    hinted = sides if control_mode == "uniform" else 1  # sides that see the hint: both, or the conditional one
     weights = [control_weights(control_mode, strength) for strength in strengths or [1.0] * len(controlnets)]
 
     def decode(z: Tensor) -> Tensor:
         return torch.cat([sd.decode_latents(latent) for latent in z.split(1)])  # one by one: this needs the most memory
 
-    def sample_batch(prompts: list[str], hints: list[Tensor], seed: int) -> Tensor:
-        generators = [
-            torch.Generator().manual_seed(seed + i) for i in range(len(prompts))
-        ]  # on the CPU: alike everywhere
-        z_T = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(sd.device)
-        context = sd.encode_prompts(prompts)
-        if sides == 2:  # in one batch, the unconditional side first
-            context = torch.cat([sd.encode_prompts([negative_prompt]).expand_as(context), context])
+    def sample_batch(z_T: Tensor, prompts: list[str], *hints: Tensor) -> Tensor:
+        contexts = [sd.encode_prompts([negative_prompt]).expand(len(prompts), -1, -1), sd.encode_prompts(prompts)]
         with sd.autocast():
             conditions = [net.hint_encoder(hint.to(sd.device)) for net, hint in zip(controlnets, hints, strict=True)]
         step = count()
 
         def control(z: Tensor, t: Tensor) -> list[Tensor]:
-            """The weighted residuals of all ControlNets: 0 for the unconditional side, unless the mode is "uniform"."""
-            seeing = len(z) if control_mode == "uniform" else len(prompts)  # the last rows
-            lists = []
+            """The weighted residuals of all ControlNets; 0 for a side that does not see the hint."""
+            z, t, context, lists = z.repeat(hinted, 1, 1, 1), t.repeat(hinted), torch.cat(contexts[-hinted:]), []
             for net, condition, factors in zip(controlnets, conditions, weights, strict=True):
-                condition = condition.repeat(seeing // len(prompts), 1, 1, 1)
-                residuals = net.residuals(z[-seeing:], condition, t[-seeing:], context[-seeing:])
+                residuals = net.residuals(z, condition.repeat(hinted, 1, 1, 1), t, context)
                 lists.append([factor * residual for factor, residual in zip(factors, residuals, strict=True)])
-            return [F.pad(residual, (0, 0, 0, 0, 0, 0, len(z) - seeing, 0)) for residual in add_residuals(*lists)]
+            unseeing = (sides - hinted) * len(prompts)
+            return [F.pad(residual, (0, 0, 0, 0, 0, 0, unseeing, 0)) for residual in add_residuals(*lists)]
 
         def eps_fn(z: Tensor, t: Tensor) -> Tensor:
-            z, t, done = z.repeat(sides, 1, 1, 1), t.repeat(sides), next(step)
+            done = next(step)
             controlled = controlnets and done / steps >= control_start and (done + 1) / steps <= control_end
-            with sd.autocast():
-                eps = sd.unet(z, t, context, control(z, t) if controlled else None).float()
+            with sd.autocast():  # both sides of guidance in one batch, the unconditional one first
+                both = z.repeat(sides, 1, 1, 1), t.repeat(sides), torch.cat(contexts[-sides:])
+                eps = sd.unet(*both, control(z, t) if controlled else None).float()
             bar.update()
             return guided_noise(*eps.chunk(2), guidance_scale) if sides == 2 else eps
 
@@ -91,10 +88,10 @@ def generate(
                             "--precision fp32, or another ControlNet")  # fmt: skip
         return decode(z_0)
 
-    firsts = range(0, len(prompts), AT_ONCE)
-    with tqdm(total=steps * len(firsts), desc="sampling", disable=not progress) as bar:
-        batches = [(slice(first, first + AT_ONCE), seed + first) for first in firsts]
-        return torch.cat([sample_batch(prompts[part], [hint[part] for hint in hints], s) for part, s in batches])
+    texts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
+    with tqdm(total=steps * len(texts), desc="sampling", disable=not progress) as bar:
+        batches = zip(noise.split(AT_ONCE), texts, *(hint.split(AT_ONCE) for hint in hints))
+        return torch.cat([sample_batch(*batch) for batch in batches])
 
 
 def locate_controlnet(source: str | Path) -> Path:

@@ -70,21 +70,24 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x [B, N, C] to context [B, M, D], or to x itself without a context."""
+    """Multi-head attention from x [B, N, C] to context [B, M, D], or to x itself without a context.
 
-    def __init__(self, channels, num_heads, context_dim=None):
+    `causal`: a position attends to itself and to those before it, as in the text encoder.
+    """
+
+    def __init__(self, channels, num_heads, context_dim=None, bias=False, causal=False):
         super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.num_heads, self.causal = num_heads, causal
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_dim or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         projected = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)  # [B, heads, N, d]
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(Q K^T / sqrt(d)) V
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # softmax(Q K^T / sqrt(d)) V
         return self.to_out(h.transpose(1, 2).flatten(2))
 
 

@@ -3,6 +3,7 @@
 Latents here are unscaled: the factor 0.18215 belongs to StableDiffusion, not to the autoencoder.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,17 +47,10 @@ class SpatialAttention(nn.Module):
         return x + self.to_out(h.mT.unflatten(2, x.shape[2:]))
 
 
-class Middle(nn.Module):
+def make_middle(channels, norm_groups) -> nn.Sequential:
     """ResBlock, attention, ResBlock, at the latent's resolution."""
-
-    def __init__(self, channels, norm_groups):
-        super().__init__()
-        self.resnet1 = resnet(channels, channels, norm_groups=norm_groups)
-        self.attention = SpatialAttention(channels, norm_groups)
-        self.resnet2 = resnet(channels, channels, norm_groups=norm_groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnet2(self.attention(self.resnet1(x)))
+    res = partial(resnet, channels, channels, norm_groups=norm_groups)
+    return nn.Sequential(OrderedDict(resnet1=res(), attention=SpatialAttention(channels, norm_groups), resnet2=res()))
 
 
 class Downsample(nn.Module):
@@ -70,19 +64,12 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Level(nn.Module):
+def make_level(in_channels, out_channels, num_res_blocks, norm_groups, resample) -> nn.Sequential:
     """The ResBlocks of one resolution, then the resampler to the next one, if any."""
-
-    def __init__(self, in_channels, out_channels, num_res_blocks, norm_groups, resample=None):
-        super().__init__()
-        self.resnets = nn.Sequential(
-            resnet(in_channels, out_channels, norm_groups=norm_groups),
-            *(resnet(out_channels, out_channels, norm_groups=norm_groups) for _ in range(num_res_blocks - 1)),
-        )
-        self.resample = resample(out_channels) if resample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample(self.resnets(x))
+    widths = [in_channels, *[out_channels] * num_res_blocks]
+    resnets = [resnet(*io, norm_groups=norm_groups) for io in zip(widths, widths[1:])]
+    resample = resample(out_channels) if resample else nn.Identity()
+    return nn.Sequential(OrderedDict(resnets=nn.Sequential(*resnets), resample=resample))
 
 
 class Encoder(nn.Module):
@@ -90,21 +77,19 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.channels * mult for mult in config.channel_mult]
+        widths, groups = [config.channels * mult for mult in config.channel_mult], config.norm_groups
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
-        self.levels = nn.ModuleList()
+        self.levels = nn.Sequential()
         for i, (finer_width, width) in enumerate(zip([config.channels, *widths], widths)):
             resample = Downsample if i < len(widths) - 1 else None
-            self.levels.append(Level(finer_width, width, config.num_res_blocks, config.norm_groups, resample))
-        self.middle = Middle(widths[-1], config.norm_groups)
-        self.norm_out = GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
+            self.levels.append(make_level(finer_width, width, config.num_res_blocks, groups, resample))
+        self.middle = make_middle(widths[-1], groups)
+        self.norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.levels:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        h = self.middle(self.levels(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -112,14 +97,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.channels * mult for mult in config.channel_mult]
+        widths, groups = [config.channels * mult for mult in config.channel_mult], config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1], config.norm_groups)
+        self.middle = make_middle(widths[-1], groups)
         self.levels = nn.ModuleList()
         for i, (width, coarser_width) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             resample = Upsample if i > 0 else None
-            self.levels.append(Level(coarser_width, width, config.num_res_blocks + 1, config.norm_groups, resample))
-        self.norm_out = GroupNorm(config.norm_groups, widths[0], eps=1e-6)
+            self.levels.append(make_level(coarser_width, width, config.num_res_blocks + 1, groups, resample))
+        self.norm_out = GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

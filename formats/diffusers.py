@@ -4,17 +4,15 @@ A ControlNet is one folder; a base is a folder with unet/, vae/, text_encoder/, 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from diffusion import NoiseSchedule
-from formats.layouts import Layout, Part
+from formats.layouts import Layout
 from names import CLIP, TRANSFORMER, Rules, nest
 from support.errors import UserError, warn
 from support.files import read_json, save_json, save_tensors
@@ -102,13 +100,13 @@ LAYOUTS = {  # the one that is written today comes first
 # Settings, in config.json. The checked ones decide the numbers and show in no shape: Stable Diffusion 1.x has these,
 # and folders may or may not say so. The ignored ones have no effect, or shapes show them, or they are read elsewhere.
 
-ORDER = "controlnet_conditioning_channel_order"
 CHECKED_SETTINGS = {
     "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1,
     "mid_block_scale_factor": 1, "resnet_out_scale_factor": 1, "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional", "only_cross_attention": False, "use_linear_projection": False,
-    "class_embed_type": None, "addition_embed_type": None, "global_pool_conditions": False, ORDER: "rgb",
-    "shift_factor": None, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "class_embed_type": None, "addition_embed_type": None, "global_pool_conditions": False,
+    "controlnet_conditioning_channel_order": "rgb", "shift_factor": None, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
 }  # fmt: skip
 IGNORED_SETTINGS = (  # patterns
     "*_channels", "*_size", "*_dim", "*_heads", "*_layers", "*layers_per_block", "*_block_type*", "*_kernel",
@@ -132,33 +130,30 @@ def check_settings(path: Path, theirs: dict, ours: dict) -> None:
             raise UserError(f"{path}: {name} is {value!r}, this program takes {wanted!r} alone: pass another model")
 
 
-def apply_settings(part: Part, network: type[nn.Module], path: Path) -> Part:
-    """A network as the config.json beside it says that it has to be read."""
+def read_settings(path: Path) -> dict[str, object]:
+    """The sizes that no shape shows, out of a network's config.json; its other settings must be ours."""
     settings = read_json(path)
-    if network is ControlNet and settings.get(ORDER) == "bgr" and part.shape("hint_encoder.0.weight"):
-        part.tensors["hint_encoder.0.weight"] = part.tensors["hint_encoder.0.weight"].flip(1)  # not each hint
-        settings[ORDER] = "rgb"
     check_settings(path, settings, CHECKED_SETTINGS)
     known = (*CHECKED_SETTINGS, *IGNORED_SETTINGS, "_*")
     given = [name for name, value in settings.items() if value not in (None, False)]
     if unknown := [name for name in given if not any(fnmatchcase(name, pattern) for pattern in known)]:
         warn(f"{path}: not known here, so ignored: {', '.join(unknown)}")
-    return replace(part, hidden={
+    return {
         "num_heads": settings.get("num_attention_heads") or settings.get("attention_head_dim", 8),  # their default
         "norm_groups": settings.get("norm_num_groups"),
         "latent_scale": settings.get("scaling_factor"),
-    })  # fmt: skip
+    }
 
 
 def weights_in(folder: Path) -> Path:
-    """The weight file in the folder of a single network."""
+    """The weight file in the folder of a single network, or of a checkpoint that has a ControlNet's in it."""
     files = [folder / f"{name}{ending}" for ending in ENDINGS for name in NAMES]
     if file := next(filter(Path.is_file, files), None):
         return file
     if (folder / "unet").is_dir():
         raise UserError(f"{folder} is a base model's folder: pass it as the base")
     if (folder / "controlnet").is_dir():
-        raise UserError(f"{folder} is a checkpoint of diffusers: pass {folder / 'controlnet'}")
+        return weights_in(folder / "controlnet")
     others = " or ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3]) or "NAME.safetensors"
     raise UserError(f"{folder}: no {FILE} in this folder; pass a network's own folder or a single file: {others}")
 

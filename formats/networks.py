@@ -38,7 +38,7 @@ HIDDEN = ("num_heads", "norm_groups")  # sizes of a UNet that no shape shows
 KEYS = {UNet: "unet", AutoencoderKL: "vae", CLIPTextModel: "text"}  # in our metadata of a base
 
 
-def pick(tensors: Mapping[str, Tensor], network: type[nn.Module], source: object) -> Part:
+def pick(tensors: Mapping[str, Tensor], network: type[nn.Module], source: object, metadata=None) -> Part:
     """A network's tensors out of all in a file, in the first of the known layouts that the file has.
 
     In official files all names with no network's prefix are ignored: buffers that follow from the noise schedule, as
@@ -50,7 +50,10 @@ def pick(tensors: Mapping[str, Tensor], network: type[nn.Module], source: object
     others = () if layout.prefix else (*PREFIXES, *TRAINERS)
     own = [name for name in tensors if name.startswith(layout.prefix) and not name.startswith(others)]
     picked = {layout.ours(name): tensors[name] for name in own if not name.endswith(UNUSED)}
-    return Part(picked, layout, str(source), likely_cause(tensors, network is ControlNet))
+    if network is AutoencoderKL:  # in diffusers' files linear layers, here 1x1 convolutions
+        picked |= {name: tensor[..., None, None] for name, tensor in picked.items() if tensor.ndim == 2}
+    advice, metadata = likely_cause(tensors, network is ControlNet), metadata or {}
+    return Part(picked, layout, str(source), advice, metadata, sizes_in_metadata(metadata, network))
 
 
 def read_network(path: Path, network: type[nn.Module]) -> Part:
@@ -63,14 +66,9 @@ def read_network(path: Path, network: type[nn.Module]) -> Part:
     if "difference" in tensors:  # it fits by all its names
         raise UserError(f"{path} holds differences to a base's weights, not weights: pass the full ControlNet that "
                         "they were extracted from")  # fmt: skip
-    part, settings = pick(tensors, network, file), file.with_name("config.json")
-    if part.layout.name != "diffusers":
-        return replace(part, metadata=metadata, hidden=sizes_in_metadata(metadata, network))
-    if network is AutoencoderKL:  # linear layers there, 1x1 convolutions here
-        part.tensors.update({name: t[..., None, None] for name, t in part.tensors.items() if t.ndim == 2})
-    if settings.is_file() and (path.is_dir() or file.name.split(".")[0] in diffusers.NAMES):
-        return diffusers.apply_settings(part, network, settings)
-    return part
+    part, settings = pick(tensors, network, file, metadata), file.with_name("config.json")
+    counts = part.layout.name == "diffusers" and (path.is_dir() or file.name.split(".")[0] in diffusers.NAMES)
+    return replace(part, hidden=diffusers.read_settings(settings)) if counts and settings.is_file() else part
 
 
 def read_base(path: Path, vae: Path | None = None) -> list[Part]:
@@ -129,11 +127,13 @@ def config_metadata(sd) -> dict[str, str]:
     return {"config": json.dumps(configs | {"latent_scale": sd.latent_scale})}
 
 
-def own_metadata(metadata: dict[str, str], key: str) -> dict:
-    """What we wrote under this key of a file's metadata; empty where another program put something else there."""
+def own_metadata(metadata: dict[str, str], *keys: str) -> dict:
+    """What we wrote under these keys, one in the other, of a file's metadata; empty if another program wrote it."""
     try:
-        content = json.loads(metadata.get(key, "{}"))
-    except (ValueError, RecursionError):
+        content = json.loads(metadata[keys[0]])
+        for key in keys[1:]:
+            content = content[key]
+    except (ValueError, RecursionError, LookupError, TypeError):
         content = None
     return content if isinstance(content, dict) else {}
 
@@ -142,9 +142,8 @@ def sizes_in_metadata(metadata: dict[str, str], network: type[nn.Module]) -> dic
     """What our metadata says of a network's sizes, unchecked."""
     if network is ControlNet:  # the sizes of the UNet that it was copied from
         return own_metadata(metadata, "unet")
-    config = own_metadata(metadata, "config")
-    sizes = config.get(KEYS[network])
-    return (sizes if isinstance(sizes, dict) else {}) | {"latent_scale": config.get("latent_scale")}
+    scale = own_metadata(metadata, "config").get("latent_scale")
+    return own_metadata(metadata, "config", KEYS[network]) | {"latent_scale": scale}
 
 
 def hidden_size(part: Part, name: str, default: int, widths: Sequence[int]) -> int:

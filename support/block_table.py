@@ -8,25 +8,20 @@ from torch import nn
 
 def block_table(unet: nn.Module, image_size: int = 512) -> list[tuple[str, str, int, int, int]]:
     """A row for each block: name, layers, channels and resolution of its output, parameters; one forward pass."""
-    rows = []
+    rows, blocks = [], [*unet.encoder, unet.middle, *unet.decoder]
 
-    def record(name):
-        def hook(block, inputs, output):
-            layers = " + ".join("ResBlock" if "resnet" in layer else layer for layer, _ in block.named_children())
-            parameters = sum(p.numel() for p in block.parameters())
-            rows.append((name, layers, output.shape[1], output.shape[3], parameters))
+    def record(block, inputs, output) -> None:
+        layers = " + ".join("ResBlock" if "resnet" in layer else layer for layer, _ in block.named_children())
+        rows.append((layers, output.shape[1], output.shape[3], sum(p.numel() for p in block.parameters())))
 
-        return hook
-
-    blocks = {f"encoder {i}": block for i, block in enumerate(unet.encoder)} | {"middle": unet.middle}
-    blocks |= {f"decoder {i}": block for i, block in enumerate(unet.decoder)}
-    handles = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_hook(record) for block in blocks]
     zeros, side = unet.conv_out.weight.new_zeros, image_size // 8
     with torch.no_grad():
         unet(zeros(1, unet.config.in_channels, side, side), zeros(1).long(), zeros(1, 77, unet.config.context_dim))
     for handle in handles:
         handle.remove()
-    return rows
+    encoder, decoder = ([f"{part} {i}" for i in range(len(rows) // 2)] for part in ("encoder", "decoder"))
+    return [(name, *row) for name, row in zip([*encoder, "middle", *decoder], rows, strict=True)]
 
 
 def print_block_table(unet: nn.Module) -> None:

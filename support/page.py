@@ -19,21 +19,20 @@ from socketserver import ThreadingTCPServer
 import numpy as np
 from PIL import Image
 
-from support.colours import COLOURS
 from support.devices import small
 from support.errors import UserError, known_cause, reading
 from support.pictures import open_image
 from support.plot import curve
 
 FILES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-LARGEST_FILE, LARGEST_PICTURE = 20 * 2**20, 50_000_000  # that is read: bytes, pixels
+LARGEST_FILE = 20 * 2**20  # that is read, in bytes
 NUMBERS = {  # name -> label, smallest, largest, step
     "seed": ("Seed", 0, 2**32 - 2, 1),
     "strength": ("Strength of the ControlNet", 0, 2, 0.05),
     "guidance_scale": ("Guidance scale", 1, 15, 0.5),
     "steps": ("DDIM steps", 1, 50, 1),
 }
-FIRST = ("coral", "red", "orange", "gold", "green", "teal", "aqua", "blue", "navy", "purple", "white", "black")
+COLOURS = ("coral", "red", "orange", "gold", "green", "teal", "aqua", "blue", "navy", "purple", "white", "black")
 
 
 class Page(ThreadingTCPServer):
@@ -53,10 +52,10 @@ class Page(ThreadingTCPServer):
         preset, live = painter.sd.preset, small(painter.sd.unet)  # live: fast enough to paint at each change
         few = 10 if live else preset.sampling_steps  # rougher than sample.py paints, and twice as fast
         values = {"seed": 0, "strength": 1, "guidance_scale": preset.guidance_scale, "steps": few}
-        colours = [*FIRST, *(name for name in COLOURS if name not in FIRST)]
         self.paint, self.facts = painter.paint, {
-            "snapshots": list(painter.paths), "curves": curves(log), "live": live, "numbers": NUMBERS, "values": values,
-            "modes": list(modes), "detect": detect, "colours": colours, "largest": LARGEST_FILE,
+            "snapshots": list(painter.paths), "curves": curves(log), "live": live, "modes": list(modes),
+            "numbers": {name: (*NUMBERS[name], value) for name, value in values.items()}, "detect": detect,
+            "colours": COLOURS, "largest": LARGEST_FILE,
         }  # fmt: skip
         signal.signal(signal.SIGINT, end_at_once)
         print(f"the page is at http://127.0.0.1:{self.server_address[1]}; Ctrl-C ends it", flush=True)
@@ -114,9 +113,9 @@ class Request(BaseHTTPRequestHandler):
             while event := self.server.painting.submit(self.server.next_event, events, self.connection).result():
                 self.send(event)
             self.send({"done": True})
+        except ConnectionError:
+            return  # nobody waits any more
         except Exception as error:
-            if isinstance(error, ConnectionError):
-                return  # nobody waits any more
             sentence = str(error) if isinstance(error, UserError) else known_cause(error, "a lower --resolution")
             self.send({"error": sentence or "draw.py has a bug: its terminal says more"})
             if not sentence:
@@ -130,7 +129,7 @@ class Request(BaseHTTPRequestHandler):
             mode = self.server.facts["modes"][self.server.facts["modes"].index(asked["mode"])]
             name, prompt, numbers = asked["name"], str(asked["prompt"]), {name: str(asked[name]) for name in NUMBERS}
         numbers = {name: read_number(text, *NUMBERS[name]) for name, text in numbers.items()}
-        drawn, picture = asked["tab"] != "picture", open_image(Path(str(name)), LARGEST_PICTURE, data)
+        drawn, picture = asked["tab"] != "picture", open_image(Path(str(name)), data)
         hint = {"picture": picture, "drawn": drawn, "invert": "invert" in asked}
         return hint | {"prompt": prompt, "mode": mode} | numbers
 

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def is_picture(path: Path) -> bool:
     return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
 
 
-def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = None) -> Image.Image:
+def open_image(path: Path, data: bytes | None = None) -> Image.Image:
     """A picture as RGB: decoded whole, turned as its EXIF says, its colours those of sRGB, black where transparent.
 
     `data` is its content where `path` is but a name.
@@ -109,11 +108,8 @@ def open_image(path: Path, most_pixels: float = math.inf, data: bytes | None = N
     if data is None and path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no regular file: pass a picture")
     with reading(*picture, damage=Exception), Image.open(source, formats=FORMATS) as image:
-        (width, height), pixels = image.size, math.prod(image.size)
         if too_oblong(image):
-            raise UserError(f"{path} is {width}x{height} pixels: crop it, to at most 16 to 1")
-        if pixels > most_pixels:
-            raise UserError(f"{path} has {pixels / 1e6:.0f} megapixels: at most {most_pixels / 1e6:.0f} are read")
+            raise UserError("{} is {}x{} pixels: crop it, to at most 16 to 1".format(path, *image.size))
         if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
             raise UserError(f"{path} has 32 bits a channel: save it again as PNG")
         turned = ImageOps.exif_transpose(image)

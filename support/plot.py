@@ -1,11 +1,10 @@
-"""Plots of a training: from its log, and from what was measured on its checkpoints."""
+"""Plots of a training, from its log."""
 
 from pathlib import Path
 
 import numpy as np
 
 from support.files import write_atomically
-from support.verdict import DOUBLED, Measurement, strongest_band
 
 PANELS = {  # field of the log -> title
     "loss": "training loss, equation (5): mean of 25 steps",
@@ -39,16 +38,16 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
     panels = {field: title for field, title in PANELS.items() if field in measured}
     figure = Figure(figsize=(7, 1.9 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (field, title) in zip(axes, panels.items()):
+    for axis, title in zip(axes, panels.values()):
         axis.set_title(title, loc="left", fontsize=9)
         axis.grid(alpha=0.3)
-        if field == "hint_sensitivity":
-            axis.set_yscale("log")
     for i, (name, history) in enumerate(histories.items()):
         label = name.replace("$", r"\$")  # else it begins a formula
         for axis, field in zip(axes, panels):
             steps, values = curve(history, field)
             axis.plot(steps, values, f"C{i}", linewidth=1, marker="." if len(values) < 60 else "", label=label)
+            if field == "hint_sensitivity" and values.any():
+                axis.set_yscale("log")
             if field == "iou":
                 axis.plot(*curve(history, "ious"), f"C{i}", linewidth=0.4, alpha=0.5)
             for style, step in marks[name].items():
@@ -57,26 +56,4 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
     axes[-1].set_xlabel("optimizer step")
     if len(histories) > 1:
         axes[0].legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
-
-
-def plot_checkpoints(measured: dict[int, Measurement], path: Path) -> None:
-    """Loss, sensitivity, and what another hint adds to the loss, over the steps, with two standard errors, as a PNG."""
-    from matplotlib.figure import Figure
-
-    curves = {
-        "loss, equation (5)": [one.figures()["own"] for one in measured.values()],
-        "hint sensitivity": [one.figures()["sensitivity"] for one in measured.values()],
-        "share that another hint\nadds to the loss": [strongest_band(one)[:2] for one in measured.values()],
-    }
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots(len(curves), 1, sharex=True)
-    for axis, (name, points) in zip(axes, curves.items()):
-        means, errors = zip(*points)
-        axis.errorbar(list(measured), means, [2 * error for error in errors], fmt="o-", ms=3)
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("symlog", linthresh=1e-6)  # 0 before training
-    axes[2].axhline(DOUBLED, color="0.5", linestyle="--", linewidth=0.8)
-    axes[2].set_xlabel("optimizer step")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))

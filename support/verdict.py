@@ -69,12 +69,11 @@ def verdict(measured: Measurement) -> str:
 
 def print_table(measured: Measurement) -> None:
     """A line for each band, and one for all of them."""
-    names = [*(f"loss, {hint}" for hint in HINTS), "gap", "sensitivity"]
-    print(f"{'t':>10}", *(f"{name:>16}" for name in names))
-    for name, bands in (BANDS | {"all": slice(None)}).items():
-        forms = ["{:.4f} ± {:.4f}"] * len(HINTS) + ["{:.1e} ± {:.0e}"] * 2
+    names, forms = [f"loss, {hint}" for hint in HINTS], ["{:.4f} ± {:.4f}"] * len(HINTS) + ["{:.1e} ± {:.0e}"] * 2
+    print(f"{'t':>10}", *(f"{name:>16}" for name in (*names, "gap", "sensitivity")))
+    for band, bands in (BANDS | {"all": slice(None)}).items():
         words = (form.format(*figure) for form, figure in zip(forms, measured.figures(bands).values(), strict=True))
-        print(f"{name:>10}", *(f"{word:>16}" for word in words))
+        print(f"{band:>10}", *(f"{word:>16}" for word in words))
 
 
 def summary(measured: Measurement) -> str:
