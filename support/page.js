@@ -40,16 +40,21 @@ function edit(drawing) {
 
 const place = (event) => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight];
 canvas.onpointerdown = (event) => {
-  if (!event.isPrimary || event.button !== 0) return;
+  if (!event.isPrimary) return canvas.onpointercancel(); // the second finger of a pinch
+  if (event.button !== 0) return;
   canvas.setPointerCapture(event.pointerId);
   stroke = [place(event)];
   draw(example ? [stroke] : [...strokes, stroke]);
   example = false;
 };
 canvas.onpointermove = (event) => stroke?.push(place(event)) && draw(strokes);
-canvas.onlostpointercapture = () => {
+canvas.onpointerup = () => {
+  if (stroke) edit(strokes);
   stroke = null;
-  edit(strokes);
+};
+canvas.onpointercancel = () => {
+  draw(strokes.filter((other) => other !== stroke));
+  stroke = null;
 };
 $("undo").onclick = () => edit(strokes.slice(0, -1));
 $("clear").onclick = () => edit([]);
@@ -61,6 +66,7 @@ let upload, asking = new AbortController(), waiting, predicted, notes;
 function changed(pressed = false) {
   asking.abort();
   clearTimeout(waiting);
+  stop();
   for (const result of document.querySelectorAll(".result")) result.classList.add("old");
   const drawn = form.tab.value !== "picture";
   const missing = drawn ? "Nothing is drawn: draw a line in the black square." : "There is no picture yet: choose one.";
@@ -115,7 +121,12 @@ function show(event) {
 const slider = $("step"), first = snapshots[0], last = snapshots.at(-1);
 const across = (step) => (100 * (step - first)) / (last - first || 1);
 const inOrder = (some) => some.sort((a, b) => a.step - b.step);
-let verdict = "";
+const slots = snapshots.slice(0, 12).map(() => {
+  const slot = add($("strip"), "button", { type: "button", disabled: true });
+  slot.onclick = () => goTo(slot.value);
+  return [slot, add(slot, "img", { alt: "" }), add(slot, "span", { textContent: "step …" })];
+});
+let playing, verdict = "";
 
 function goTo(step) {
   slider.value = step;
@@ -124,41 +135,56 @@ function goTo(step) {
   const shown = [...pictures.values()].reduce((a, b) => (away(b) < away(a) ? b : a));
   put("sample", shown.picture, first === last ? "With the hint" : `With the hint, step ${shown.step}`);
   $("cursor").style.left = `${across(step)}%`;
-  for (const slot of $("strip").children) slot.ariaCurrent = slot.value == shown.step;
+  for (const [slot] of slots) slot.ariaCurrent = slot.value == shown.step;
 }
 
 function showTraining() {
   const painted = inOrder([...pictures.values()]), most = Math.max(0.05, ...painted.map((one) => one.distance));
+  const after = painted.findIndex((one) => one.distance > painted.at(-1).distance / 2);
+  const jump = after > 0 && painted.at(-1).distance > 0.05 && [painted[after - 1].step, painted[after].step];
+  verdict = jump
+    ? `Between steps ${jump[0]} and ${jump[1]} the picture turns to your drawing: the jump.`
+    : "No jump: the picture is the base’s own from first to last.";
   $("marks").replaceChildren();
   for (const { step, distance } of painted) {
     add($("marks"), "i", {}, { left: `${across(step)}%`, bottom: `${(80 * distance) / most}%` });
   }
-  const end = painted.at(-1).distance, after = painted.findIndex((one) => one.distance > end / 2);
-  verdict = "No jump: the picture is the base’s own from first to last.";
-  if (after > 0 && end > 0.05) {
-    const [before, turned] = [painted[after - 1].step, painted[after].step];
-    verdict = `Between steps ${before} and ${turned} the picture turns to your drawing: the jump.`;
-    const neighbours = snapshots.indexOf(turned) === snapshots.indexOf(before) + 1; // else it may be elsewhere
-    if (neighbours) add($("marks"), "b", { textContent: "the jump" }, { left: `${across((before + turned) / 2)}%` });
-  }
+  const between = jump && snapshots.filter((step) => jump[0] < step && step < jump[1]); // it may be at any of these
+  if (jump && !between.length) add($("marks"), "b", { textContent: "the jump" }, { left: `${across((jump[0] + jump[1]) / 2)}%` });
   const told = painted.map((one) => `${Math.round(100 * one.distance)} % at step ${one.step}`);
   $("plot").ariaLabel = `How far your picture is from the base's: ${told.join(", ")}.`;
-  $("strip").replaceChildren();
-  for (const { step, picture } of inOrder([...pictures.values()].slice(0, 12))) {
-    const slot = add($("strip"), "button", { type: "button", value: step, onclick: () => goTo(step) });
-    add(slot, "img", { src: picture, alt: "" });
-    add(slot, "span", { textContent: `step ${step}` });
-  }
+  const dozen = inOrder([...pictures.values()].slice(0, slots.length));
+  slots.forEach(([slot, image, caption], i) => {
+    const { step, picture } = dozen[i] ?? { step: "…", picture: "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>" };
+    slot.disabled = !dozen[i];
+    [slot.value, image.src, caption.textContent] = [step, picture, `step ${step}`];
+  });
   $("through").classList.remove("old");
 }
 
-slider.oninput = () => goTo(slider.value);
+function stop() {
+  clearInterval(playing);
+  playing = null;
+  $("play").textContent = "Play the training";
+}
+
+$("play").onclick = () => {
+  if (playing) return stop();
+  const rest = [...snapshots];
+  goTo(rest.shift());
+  playing = setInterval(() => (rest.length ? goTo(rest.shift()) : stop()), Math.min(250, 6000 / rest.length));
+  $("play").textContent = "Stop";
+};
+slider.oninput = () => {
+  stop();
+  goTo(slider.value);
+};
 
 // The form's parts, and what they do
 for (const [name, chosen] of [["disc", "coral"], ["background", "navy"]]) {
   for (const colour of facts.colours) {
     const swatch = { type: "radio", name, value: colour, title: colour, ariaLabel: colour, checked: colour === chosen };
-    add($(name), "input", swatch, { background: colour });
+    add($(name), "input", swatch, { background: colour.replaceAll(" ", "") });
   }
 }
 for (const [name, [label, min, max, step, value]] of Object.entries(facts.numbers)) {

@@ -19,6 +19,7 @@ from socketserver import ThreadingTCPServer
 import numpy as np
 from PIL import Image
 
+from support.colours import COLOURS
 from support.devices import small
 from support.errors import UserError, known_cause, reading
 from support.pictures import open_image
@@ -32,7 +33,7 @@ NUMBERS = {  # name -> label, smallest, largest, step
     "guidance_scale": ("Guidance scale", 1, 15, 0.5),
     "steps": ("DDIM steps", 1, 50, 1),
 }
-COLOURS = ("coral", "red", "orange", "gold", "green", "teal", "aqua", "blue", "navy", "purple", "white", "black")
+FIRST = ("coral", "red", "orange", "gold", "green", "teal", "aqua", "blue", "navy", "purple", "white", "black")
 
 
 class Page(ThreadingTCPServer):
@@ -55,7 +56,7 @@ class Page(ThreadingTCPServer):
         self.paint, self.facts = painter.paint, {
             "snapshots": list(painter.paths), "curves": curves(log), "live": live, "modes": list(modes),
             "numbers": {name: (*NUMBERS[name], value) for name, value in values.items()}, "detect": detect,
-            "colours": COLOURS, "largest": LARGEST_FILE,
+            "colours": [*FIRST, *(name for name in COLOURS if name not in FIRST)], "largest": LARGEST_FILE,
         }  # fmt: skip
         signal.signal(signal.SIGINT, end_at_once)
         print(f"the page is at http://127.0.0.1:{self.server_address[1]}; Ctrl-C ends it", flush=True)

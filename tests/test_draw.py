@@ -208,7 +208,7 @@ def browser():
 @pytest.fixture
 def page(browser, server):
     """A page that has painted its example; nothing on it may ask another host, or complain."""
-    page, elsewhere, complaints = browser.new_page(viewport={"width": 1280, "height": 900}), [], []
+    page, elsewhere, complaints = browser.new_page(viewport={"width": 1280, "height": 900}, has_touch=True), [], []
     page.set_default_timeout(300_000)
     page.on("request", lambda request: request.url.startswith((server, "data:")) or elsewhere.append(request.url))
     page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
@@ -251,7 +251,7 @@ def strokes(page) -> tuple[int, list[float]]:
 
 
 def test_one_drawing_through_the_training(page):
-    """Once it is painted, slider and strip swap pictures that are there; the dots lie under the thumb."""
+    """Once it is painted, slider, strip and Play swap pictures that are there; the dots lie under the thumb."""
     requests, caption, slider = [], page.locator("#caption"), page.locator("#step")
     page.on("request", lambda request: requests.append(request.url) if request.url.startswith("http") else None)
     status(page, f"Between steps {JUMP - 10} and {JUMP} the picture turns to your drawing: the jump.")
@@ -262,7 +262,11 @@ def test_one_drawing_through_the_training(page):
     assert caption.inner_text() == "With the hint, step 10"
     page.get_by_role("button", name="step 30").click()
     assert slider.input_value() == "30" and caption.inner_text() == "With the hint, step 30"
-    assert not requests
+    page.get_by_role("button", name="Play the training").click()
+    assert slider.input_value() == "0"
+    page.get_by_role("button", name="Stop").wait_for()
+    page.get_by_role("button", name="Play the training").wait_for()
+    assert slider.input_value() == "40" and caption.inner_text() == "With the hint, step 40" and not requests
     box, thumb = slider.bounding_box(), 16
     dots = [dot.bounding_box() for dot in page.locator("#marks i").all()]
     for step, dot in zip(STEPS, dots, strict=True):
@@ -289,7 +293,7 @@ def test_the_jump_is_marked_once_its_neighbours_are_painted(page):
 
 def test_drawing(page):
     """The first stroke takes the example's place; old results are dimmed at once; a ring that is drawn is followed."""
-    canvas = page.locator("canvas")
+    canvas, box = page.locator("canvas"), page.locator("canvas").bounding_box()
     for _ in draw_ring(page, 0.4, 0.55, 0.25):
         pass
     assert page.locator(".result.old").count() == 3
@@ -300,7 +304,12 @@ def test_drawing(page):
     assert centre == pytest.approx((0.4, 0.55), abs=0.01)
     canvas.click(button="right")
     canvas.click(position={"x": 9, "y": 9})
-    assert ring < strokes(page)[0] < ring + 60  # a dot of 5 pixels across
+    assert ring < (dotted := strokes(page)[0]) < ring + 60  # a dot of 5 pixels across
+    touch = page.context.new_cdp_session(page)
+    fingers = [{"x": box["x"] + 50, "y": box["y"] + 50, "id": 0}, {"x": box["x"] + 90, "y": box["y"] + 90, "id": 1}]
+    for kind, count in (("touchStart", 1), ("touchStart", 2), ("touchMove", 2), ("touchEnd", 0)):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers[:count]})
+    assert strokes(page)[0] == dotted  # a pinch draws nothing
     page.get_by_role("button", name="Undo").click()
     assert strokes(page)[0] == ring
     page.get_by_role("radio", name="Place a ring").check()
@@ -336,8 +345,9 @@ def test_what_is_typed(page):
     page.get_by_label("DDIM steps").fill("1")
     assert prompt.input_value() == "my own words " * 40
     status(page, "the prompt is too long and is cut from:")
-    page.locator("#background [value=teal]").check()
-    assert prompt.input_value() == "coral circle with teal background"
+    page.get_by_label("All 139 colours").check()
+    page.locator("#background [value=tomato]").check()
+    assert prompt.input_value() == "coral circle with tomato background"
 
 
 def test_pictures_that_are_sent(page, tmp_path):
@@ -371,12 +381,13 @@ def test_two_tabs_take_turns(page, server):
     status(second, "Waiting for its turn")
     held[0].continue_()
     second.locator("#sample[src]").wait_for(timeout=300_000)
-    assert page.locator("#strip button").count() < len(STEPS)
+    assert page.locator("#through.old, #strip :disabled").count()
     second.close()
 
 
 def test_everything_has_its_place_and_its_name(page):
     """Nothing is wider than the window, no two parts overlap, each control has a name; the arrows move between tabs."""
+    page.get_by_label("All 139 colours").check()
     for width, scheme in ((1366, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
