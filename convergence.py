@@ -252,10 +252,11 @@ def main() -> None:
             print("its decoder was trained too: the column none is the base with that decoder")
         place_for_sampling(sd, [controlnet], device, precision)
         measured = measure(sd, controlnet, pairs, args.seed)
+        if step == max(checkpoints):
+            print_table(measured)
         print(f"{path}: {summary(measured)}; {verdict(measured)}")
         fields = {"heldout_loss": "own", "hint_sensitivity": "sensitivity", "hint_gap": "gap"}
         history.append({"step": step} | {field: measured.figures()[name][0] for field, name in fields.items()})
-    print_table(measured)
     if len(history) > 1:
         plot_convergence({args.controlnet: history}, args.output)
         print(f"wrote {args.output}")

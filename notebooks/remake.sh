@@ -16,7 +16,4 @@ cp "$(ls -v runs/controlnet/previews/step-*.png | tail -n 1)" docs/miniature.png
 python notebooks/experiments.py
 python -m tools.dusk
 python tests/capture_page.py runs/controlnet docs
-train runs/slow --snapshot-steps 0 --checkpointing-steps 20 --checkpoints-total-limit 100 --max-train-steps 300 \
-    --train-batch-size 8 --learning-rate 1e-3 --cooldown 0
-python convergence.py --controlnet runs/slow --pairs 16 --output docs/listen.png
 for notebook in notebooks/[1-5]_*.ipynb; do jupyter execute --inplace "$notebook"; done
