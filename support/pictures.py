@@ -15,7 +15,7 @@ from torch import Tensor
 from support.errors import UserError, reading, warn
 from support.files import write_atomically
 
-MARGIN = 60  # pixels left of a contact sheet's pictures, for the labels
+MARGIN = 84  # pixels left of a contact sheet's pictures, for the labels
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -66,15 +66,15 @@ def read_strip(path: Path, count: int) -> Tensor:
 def contact_sheet(rows: dict[str, Tensor], captions: list[str]) -> Image.Image:
     """Rows of images [N, 3, H, W] in [-1, 1] by their labels, one column a pair, with the captions below."""
     side = next(iter(rows.values())).shape[-1]
-    sheet = Image.new("RGB", (MARGIN + side * len(captions), side * len(rows) + 64), "white")
+    sheet = Image.new("RGB", (MARGIN + side * len(captions), side * len(rows) + 76), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (label, images) in enumerate(rows.items()):
-        draw.text((4, side * y + side // 2), label, fill="black")
+        draw.text((4, side * y + side // 2 - 8), label, fill="black", font_size=16)
         for x, image in enumerate(images):
             sheet.paste(to_picture(image), (MARGIN + side * x, side * y))
     for x, caption in enumerate(captions):
         lines = textwrap.wrap(caption, max(side // 7, 8))[:4]
-        draw.text((MARGIN + side * x + 2, side * len(rows) + 2), "\n".join(lines), fill="black", font_size=10)
+        draw.text((MARGIN + side * x + 2, side * len(rows) + 2), "\n".join(lines), fill="black", font_size=13)
     return sheet
 
 

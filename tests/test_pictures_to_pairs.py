@@ -69,7 +69,7 @@ def test_train_reads_the_pairs(caption, pictures, tmp_path, monkeypatch, capsys)
         assert (pairs.image(i) - (picture * 2 - 1)).abs().max() < 1e-5
         assert torch.equal(pairs.hint(i), detector("canny", 20)(picture)) and pairs.hint(i).any()
     sheet = Image.open(tmp_path / "pairs" / "contact-sheet.png")
-    assert sheet.size == (MARGIN + 3 * 64, 2 * 64 + 64)
+    assert sheet.size == (MARGIN + 3 * 64, 2 * 64 + 76)
     target = np.asarray(sheet.crop((MARGIN + 64, 64, MARGIN + 128, 128)))  # second column, second row
     assert (torch.from_numpy(target / 127.5 - 1).permute(2, 0, 1) - pairs.image(1)).abs().max() < 1e-5
 
