@@ -22,10 +22,6 @@ IMAGE_FOLDER = (
 )  # fmt: skip
 LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
 LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
-UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
-    "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
-    "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('FOLDER')['train'])]"
-)
 BROKEN_SHOWN = 20
 
 
@@ -41,63 +37,52 @@ class Entry(NamedTuple):
 def read_listing(root: Path) -> list[Entry]:
     """The pairs of a folder. Their files exist; they are not opened yet."""
     listing = find_listing(root, LAYOUTS)
-    pairs = read_entries(listing, *LAYOUTS[listing.name]) if listing else pair_by_name(root)
-    return [Entry(*pair) for pair in pairs]
+    return [Entry(*found) for found in read_entries(listing, *LAYOUTS[listing.name])] if listing else pair_by_name(root)
 
 
 def find_listing(root: Path, names: Iterable[str]) -> Path | None:
     return next((root / name for name in names if os.path.isfile(root / name)), None)
 
 
-def pair_by_name(root: Path) -> list[tuple]:
+def pair_by_name(root: Path) -> list[Entry]:
     """source/NAME, target/NAME, and the prompt in target/NAME.txt, as kohya's trainer has them; endings may differ."""
     hints, targets = ({path.stem: path for path in sorted((root / part).glob("*")) if is_picture(path)}
                       for part in ("source", "target"))  # fmt: skip
     if not targets:
         raise UserError(why_nothing_is_listed(root))
 
-    def read(name: str) -> tuple:
+    def read(name: str) -> Entry:
         if name not in hints:
             raise UserError(f"no picture of that name in {root / 'source'}")
-        return hints[name], targets[name], read_caption(targets[name])
+        return Entry(str(targets[name]), hints[name], targets[name], read_caption(targets[name]))
 
-    found = collect(((target, name) for name, target in targets.items()), read, root)
-    return [(str(place), *values) for place, values in found]
+    return collect(((target, name) for name, target in targets.items()), read, root)
 
 
 def why_nothing_is_listed(root: Path) -> str:
     if below := find_listing(root / "train", LAYOUTS):
         return f"{root} has no listing, but {below.parent} has one: pass that folder"
     if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
-        command = UNPACK.replace("FOLDER", str(root.resolve()))
-        return f'{root} has parquet files: unpack them with mkdir source target; python -c "{command}"'
+        return f"{root} has parquet files: write their rows as source/NAME.png, target/NAME.png and target/NAME.txt"
     return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
             "source/ and target/ with pictures of equal names")  # fmt: skip
 
 
 def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
     """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text."""
-    found = collect(find_entries(listing), lambda entry: read_entry(entry, listing.parent, names), listing)
-    if not found:
+    if not (entries := find_entries(listing)):
         raise UserError(f"{listing} has no entries: add one line each")
-    return [(place, *values) for place, values in found]
+    found = collect(entries, lambda entry: read_entry(entry, listing.parent, names), listing)
+    return [(place, *values) for (place, _), values in zip(entries, found)]
 
 
 def find_entries(listing: Path) -> list[tuple[str, object]]:
-    """Each entry and its place: a row of a table, an element of a JSON array, or the JSON text of a line."""
+    """Each entry and its place: a row of a table, or the JSON text of a line."""
     text = read_text(listing)
     if listing.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""))
         with reading(listing, "table", "save it again as CSV", damage=csv.Error):
             return [(f"{listing} line {table.line_num}", row) for row in table]
-    try:
-        whole = json.loads(text)
-        entries = whole.get("data") if isinstance(whole, dict) else whole
-        if isinstance(entries, list):
-            return [(f"{listing} entry {number}", entry) for number, entry in enumerate(entries, start=1)]
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise UserError(f"{listing} is no JSON ({error}): correct it") from None
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
 
@@ -108,7 +93,7 @@ def read_entry(entry: object, root: Path, names: tuple[tuple[str, ...], ...]) ->
     try:
         entry = json.loads(entry) if isinstance(entry, str) else entry
     except (ValueError, RecursionError) as error:
-        raise UserError(f"no JSON ({error}); expected {expected}") from None
+        raise UserError(f"no JSON ({error}); expected one line each, {expected}") from None
     values = []
     for keys in names:
         value = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
@@ -140,12 +125,12 @@ def read_caption(picture: Path) -> str:
     return " ".join(read_text(text).split())
 
 
-def collect(items: Iterable[tuple], read: Callable, source: str | Path) -> list[tuple]:
-    """(place, read(item)) of each (place, item). A UserError shows those that can't be read."""
+def collect(items: Iterable[tuple], read: Callable, source: str | Path) -> list:
+    """read(item) of each (place, item). A UserError shows those that can't be read."""
     done, broken = [], []
     for place, item in items:
         try:
-            done.append((place, read(item)))
+            done.append(read(item))
         except UserError as error:
             broken.append(f"{place}: {error}")
     refuse_broken(broken, len(done) + len(broken), source)

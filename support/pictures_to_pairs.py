@@ -1,7 +1,6 @@
 """Pairs of your own pictures and the hints detected in them: python data.py --from-pictures FOLDER --detect canny."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -19,22 +18,12 @@ SHEET, SHOWN, SHEET_SIDE = "contact-sheet.png", 8, 256
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and the folders in it, those that are linked too, by name."""
-    found, others, entered = [], set(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        if os.path.realpath(parent) in entered:  # a link led back
-            folders.clear()
-        else:
-            entered.add(os.path.realpath(parent))
-            paths = [Path(parent, name) for name in names if name[0] != "."]
-            found += [path for path in paths if is_picture(path)]
-            others |= {path.suffix for path in paths if not is_picture(path)} - {".txt", ".jsonl", ".csv"}
-    if others:
-        print(f"left out, as they are no pictures or not read: files of kind {', '.join(sorted(others))}")
+    """The pictures in a folder and the folders in it, by name; not what is hidden."""
+    paths = [path for path in sorted(folder.rglob("*")) if is_picture(path)]
+    found = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not found:
         raise UserError(f"{folder} has no pictures: pass a folder of {', '.join(FORMATS)}")
-    return sorted(found)
+    return found
 
 
 def parse_arguments():
@@ -60,8 +49,7 @@ def make_pairs() -> None:
     listed = {path: text for _, path, text in read_entries(listing, *IMAGE_FOLDER[1:])} if listing else {}
     pictures = find_pictures(folder)
     places = list(zip(pictures, pictures))
-    found = collect(places, lambda path: listed[path] if path in listed else read_caption(path), folder)
-    captions = [caption for _, caption in found]
+    captions = collect(places, lambda path: listed[path] if path in listed else read_caption(path), folder)
     made_with = {name: str(getattr(args, name)) for name in args.deciding} | {"from_pictures": str(folder.resolve())}
     note = output / "pictures.json"
     known = read_json(note, "choose another --output") if note.is_file() else None
@@ -78,7 +66,7 @@ def make_pairs() -> None:
             save_picture(to_picture(detect(pixels) * 2 - 1), hint)  # last: the pair is made
         return name
 
-    names = [name for _, name in collect(tqdm(places, desc="detecting"), make, folder)]
+    names = collect(tqdm(places, desc="detecting"), make, folder)
     lines = [
         json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": caption}) + "\n"
         for name, caption in zip(names, captions)
