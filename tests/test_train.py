@@ -313,7 +313,7 @@ def test_on_from_a_controlnet(nano, trained, four_steps, tmp_path, capsys):
     resume = ["--resume-from-checkpoint", "latest", "--max-train-steps", "3"]
     moved = first.rename(tmp_path / "moved.safetensors")
     for source, told in ((four_steps / "checkpoints" / "step-2", "the ControlNet that it starts from is not what"),
-                         (None, "was made with --controlnet")):  # fmt: skip
+                         (None, "the ControlNet that it starts from is not what")):  # fmt: skip
         with pytest.raises(UserError, match=told):
             trained(*(["--controlnet", source] if source else []), *measured[2:], *resume)
     assert len(read_run(trained("--controlnet", moved, *measured[2:], *resume))) == 4
@@ -351,21 +351,6 @@ def test_compiling_is_tried_first(tmp_path, trained, monkeypatch):
     with pytest.raises(UserError, match=r"^--compile does not work here \(.*compiler.*\): install a C\+\+ compiler"):
         trained("--compile")
     assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard(trained, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options = ["--report-to", "tensorboard", "--validation-steps", "2", "--max-train-steps", "2"]
-    folder = trained(*options)
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    losses = [entry["loss"] for entry in read_run(folder)]
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)  # kept in float32
-    assert events.Images("preview")[0].step == 2
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        trained(*options, folder=tmp_path / "other")
 
 
 class Exploding(torch.autograd.Function):
