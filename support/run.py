@@ -90,6 +90,7 @@ class Run:
         add("--checkpoints-total-limit", type=options.positive_int, default=2, help="newest kept (default: 2)")
         add("--num-workers", type=options.count_or_zero, default=workers, help="processes that load pictures")
         add("--compile", action="store_true", help="torch.compile: takes minutes to start")
+        add("--dry-run", action="store_true", help="say what memory, disk and time it takes, and end")
         options.add_device(parser)
 
     def own_folder(self) -> None:
@@ -107,12 +108,13 @@ class Run:
 
     # Before the first step
 
-    def begin(self, args: Namespace) -> None:
-        """Take the options, now that the base has filled them in, and find the step to go on from."""
+    def begin(self, preset) -> Namespace:
+        """The options, filled in by the base's preset, which are refused if the run had others; and its folder tidy."""
+        args = self.args = options.with_defaults(self.args, preset)
         if args.mixed_precision == "auto":
             args.mixed_precision = fast_precision(self.device)
         self.say(f"training on {describe(self.device)}, mixed precision: {args.mixed_precision}")
-        self.args, self.config = args, {name: getattr(args, name) for name in args.deciding}
+        self.config = {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
         if args.resume_from_checkpoint:
             self.step = checkpoints.check_config((self.checkpoint or self.folder) / CONFIG, self.config).get("step", 0)
@@ -124,6 +126,7 @@ class Run:
                 remove(path)
             # Without a checkpoint, what is there is of a run that died before its first one.
             checkpoints.forget_later(self.folder, self.step if self.checkpoint else -1)
+        return args
 
     def resume(
         self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler

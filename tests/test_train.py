@@ -301,10 +301,8 @@ def test_on_from_a_controlnet(nano, trained, four_steps, tmp_path, capsys):
     measured = ["--controlnet", first, "--validation-steps", "2", "--validation-hints", "2", "--snapshot-steps", "2"]
     folder = trained(*measured, "--max-train-steps", "2")
     start, *log = read_run(folder)
-    said = capsys.readouterr().out
-    assert f"starting from the ControlNet in {first} (full)" in said
+    assert f"starting from the ControlNet in {first} (full)" in capsys.readouterr().out
     assert start["step"] == 0 and start["hint_sensitivity"] > 0 and len(log) == 2
-    assert f"step 0: hint sensitivity {start['hint_sensitivity']:.1e}" in said
     snapshot, loaded = (read_tensors(path)[0] for path in (folder / "snapshots" / "step-0.safetensors", first))
     assert all(torch.equal(tensor, loaded[name].half()) for name, tensor in snapshot.items())
     HeldOut(StableDiffusion.load(nano), PairedImages(SAMPLE, 64).select(slice(2)), 0, tmp_path / "base")
