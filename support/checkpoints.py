@@ -12,7 +12,7 @@ from support.files import PARTIAL, read_json, read_tensors, replacing, save_json
 
 STATE, CONFIG = "state.safetensors", "config.json"
 MAY_CHANGE = ("max_train_steps", "base", "vae", "data", "controlnet")  # the last four are told by their contents
-GO_BACK = "delete this folder, and the same command goes on from the checkpoint before it, or from the start"
+GO_BACK = "delete its folder, and the same command goes on from the checkpoint before it, or from the start"
 
 
 def state_tensors(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -61,8 +61,10 @@ def load_checkpoint(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Load the state of a checkpoint of the same training."""
-    saved, metadata = read_tensors(path / STATE)
     with reading(path / STATE, "checkpoint of this training", GO_BACK):
+        if not is_checkpoint(path) or sha256(path / STATE) != read_json(path / CONFIG)["sha256"]:
+            raise ValueError("not what was written there")
+        saved, metadata = read_tensors(path / STATE)
         load_state(saved, modules, optimizer)
         scaler.load_state_dict(json.loads(metadata["scaler"]))
 
@@ -91,26 +93,15 @@ def find_snapshots(run: Path) -> tuple[dict, dict[int, Path]]:
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint in a run's folder; None if it was stopped before its first one."""
-    found = list(steps_in(run / "checkpoints").values())
+    found = steps_in(run / "checkpoints")
     if not found and not (run / CONFIG).is_file():
         raise UserError(f"{run} has no checkpoint to resume from: leave --resume-from-checkpoint out")
-    if found and not is_whole(found[-1]):
-        raise UserError(f"{found[-1]} is damaged or renamed: {GO_BACK}")
-    return found[-1] if found else None
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint holds what was written as its step."""
-    try:
-        config = read_json(path / CONFIG)
-        return f"step-{config.get('step')}" == path.name and config.get("sha256") == sha256(path / STATE)
-    except (UserError, OSError):
-        return False
+    return found[max(found)] if found else None
 
 
 def check_config(path: Path, config: dict) -> dict:
     """A saved config.json. Raises UserError if options that decide the result are no longer those in it."""
-    saved = read_json(path)
+    saved = read_json(path, GO_BACK)
     if changed := [name for name in config if name not in MAY_CHANGE and saved.get(name, config[name]) != config[name]]:
         options = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from support.batches import EncodedPairs
 from support.detect import warn_if_inverted
-from support.devices import describe, usable_cpus
+from support.devices import usable_cpus
 from support.errors import UserError, warn_if_cut
 from support.files import locked, read_json, save_json
 from support.listing import refuse_broken
@@ -29,7 +29,7 @@ def open_inputs(run: Run, sd, controlnet, pairs, held_out) -> EncodedPairs:
         inputs = [(f"the {name}", checksum) for name, checksum in checksums.items()]
         for (some, i), content in zip(both, contents):
             inputs.append((some.name(i), digest(json.dumps([some.prompts[i], content]).encode())[:16]))
-        remember(run.folder / "inputs.json", inputs, describe(run.device), run.checkpoint is not None)
+        remember(run.folder / "inputs.json", inputs, run.checkpoint is not None)
         warn_if_cut(sd.tokenizer, {pairs.name(i): prompt for i, prompt in enumerate(pairs.prompts)})
         warn_if_inverted(pairs.name(0), pairs.hint(0))
     precision = "bf16" if run.args.mixed_precision == "bf16" else "float32"  # in fp16 the VAE can overflow
@@ -59,12 +59,17 @@ def look_at(pairs: list[tuple], record: Path) -> list[str]:
         known = read_json(record, "delete it") if record.exists() else {}
         stamps = [stamp(*some.files(i)) for some, i in pairs]
         new = {stamp: pair for stamp, pair in zip(stamps, pairs) if stamp and stamp not in known}
+        broken = []
         with ThreadPoolExecutor(usable_cpus()) as pool:
-            found = list(tqdm(pool.map(look, new.values()), "looking at the pairs", len(new), disable=not new))
-        known |= {stamp: content for stamp, (content, _) in zip(new, found) if content}
+            contents = {key: pool.submit(some.content, i) for key, (some, i) in new.items()}
+            for key, content in tqdm(contents.items(), "looking at the pairs", disable=not new):
+                try:
+                    known[key] = content.result()
+                except UserError as error:
+                    broken.append(str(error))
         if known:
             save_json(known, record)
-    refuse_broken([error for _, error in found if error], len(set(stamps)), "the pairs")
+    refuse_broken(broken, len(set(stamps)), "the pairs")
     return [known.get(stamp) or some.content(i) for stamp, (some, i) in zip(stamps, pairs)]
 
 
@@ -73,24 +78,13 @@ def stamp(*files: Path) -> str:
     return " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
 
 
-def look(pair: tuple) -> tuple[str, str]:
-    """The content of a pair, or else what is wrong with it."""
-    pairs, index = pair
-    try:
-        return pairs.content(index), ""
-    except UserError as error:
-        return "", str(error)
-
-
-def remember(record: Path, inputs: list[tuple[str, str]], device: str, resumed: bool) -> None:
+def remember(record: Path, inputs: list[tuple[str, str]], resumed: bool) -> None:
     """Write down the checksums of all that a run is made from; going on with anything else is refused by its name."""
     checksums = [checksum for _, checksum in inputs]
     if resumed and record.exists():
-        known = read_json(record, "delete it, and these are taken for the same")
-        if known["device"] != device:
-            tqdm.write(f"warning: so far it was trained on {known['device']}; on {device} the last bits can differ")
-        if known["inputs"] != checksums:
-            changed = (name for (name, checksum), before in zip(inputs, known["inputs"]) if checksum != before)
+        known = read_json(record, "delete it, and these are taken for the same")["inputs"]
+        if known != checksums:
+            changed = (name for (name, checksum), before in zip(inputs, known) if checksum != before)
             raise UserError(f"{next(changed, 'the number of pairs')} is not what {record.parent} was trained with: "
                             "restore it, or start another --output-dir")  # fmt: skip
-    save_json({"device": device, "inputs": checksums}, record)
+    save_json({"inputs": checksums}, record)

@@ -169,15 +169,11 @@ GOOD = '"target": "a.png", "prompt": ""}'
         ("prompt.json", "[" * 100_000, "line 1: no JSON .* expected one line each"),
         ("prompt.json", '{"source": "é"}', "damaged or no text .*save it again as UTF-8"),
         ("prompt.json", '{"source": "b.png", ' + GOOD, "b.png: no such file; correct the path"),
-        ("prompt.json", '{"source": "../a.png", ' + GOOD, "'../a.png' lies outside the folder"),
-        ("prompt.json", '{"source": "/a.png", ' + GOOD, "'/a.png' lies outside the folder"),
         ("prompt.json", '{"source": "a\\u0000", ' + GOOD, "no such file; correct the path"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ""}', 'no text under "conditioning_image"; expected'),
         ("metadata.csv", "file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
         ("metadata.csv", 'file_name,text\n"' + "x" * 200_000, "damaged or no table"),
-        ("train/metadata.csv", "", "data has no listing, but .*data/train has one: pass that folder"),
-        ("data/train.parquet", "PAR1", "has parquet files: write their rows as source/NAME.png, target/NAME"),
-        ("a.txt", "", "prompt.json: no such file; .*metadata.jsonl"),
+        ("train.parquet", "PAR1", "prompt.json: no such file; .*metadata.jsonl, .*unpack parquet files so"),
     ],
 )
 def test_broken_listings(name, content, told, tmp_path):

@@ -1,6 +1,5 @@
 """python data.py --from-pictures: a folder of pairs from somebody's own pictures."""
 
-import json
 import os
 import shutil
 import sys
@@ -39,11 +38,6 @@ def write_texts(folder, captions=CAPTIONS, encoding="utf-8"):
         (folder / name).with_suffix(".txt").write_text(f"{caption}\n", encoding=encoding)
 
 
-def write_listing(folder, captions=CAPTIONS):
-    lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in captions.items()]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-
-
 def make(monkeypatch, folder, output, *options):
     line = f"data.py --from-pictures {folder} --output {output} --detect canny --resolution 64"
     monkeypatch.setattr(sys, "argv", [*line.split(), *options])
@@ -54,10 +48,9 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if path.parent != folder}
 
 
-@pytest.mark.parametrize("caption", [write_texts, write_listing])
-def test_train_reads_the_pairs(caption, pictures, tmp_path, monkeypatch, capsys):
-    """Hints by the detector, targets as cut for it, either form of captions, a sheet to look at."""
-    caption(pictures)
+def test_train_reads_the_pairs(pictures, tmp_path, monkeypatch, capsys):
+    """Hints by the detector, targets as cut for it, captions, a sheet to look at."""
+    write_texts(pictures)
     make(monkeypatch, pictures, tmp_path / "pairs", "--canny-low", "20")
     assert "3 pairs" in capsys.readouterr().out
     pairs = PairedImages(tmp_path / "pairs", 64)
@@ -79,7 +72,7 @@ def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path,
     first, second = error.value.args[1:]
     assert "a.png: no caption: write it into a.txt beside it" in first and "more/a.png" in second
     (pictures / "a.txt").write_bytes(b"caf\xe9")
-    write_listing(pictures, {"more/a.png": "both forms may be mixed"})
+    (pictures / "more" / "a.txt").touch()
     with pytest.raises(UserError, match="a.txt is damaged or no text .*save it again as UTF-8"):
         make(monkeypatch, pictures, tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()

@@ -165,17 +165,16 @@ def flip_a_bit(path):
     "damage",
     [
         lambda folder: flip_a_bit(folder / "state.safetensors"),
-        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("4", "3", 1)),
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: (folder / "state.safetensors").unlink(),
         lambda folder: torch.save(HostilePickle(folder / "trap"), folder / "state.safetensors"),
     ],
-    ids=["bit", "step", "json", "no state", "pickle"],
+    ids=["bit", "json", "no state", "pickle"],
 )
 def test_damaged_checkpoint(damage, four, trained):
     """It is named, nothing in it is unpickled, and what the line says to do works."""
     damage(four / "checkpoints" / "step-4")
-    with pytest.raises(UserError, match="step-4 is damaged or renamed: delete this folder, and the same command goes"):
+    with pytest.raises(UserError, match="step-4/.*: delete its folder, and the same command goes on from the check"):
         trained(*LATEST)
     shutil.rmtree(four / "checkpoints" / "step-4")
     trained("--max-train-steps", "3", *LATEST)
@@ -204,21 +203,17 @@ def test_checkpoint_of_another_training(change, four, trained):
     assert checkpoints(four) == {"step-2", "step-4"} and len(read_run(four)) == 4
 
 
-def test_what_a_kill_leaves_goes(four, trained, capsys):
-    """Half-written files and half-removed checkpoints. Another number of threads is told."""
-    record = four / "inputs.json"
-    record.write_text(record.read_text().replace(" threads)", "0 threads)"))
+def test_what_a_kill_leaves_goes(four, trained):
+    """Half-written files and half-removed checkpoints."""
     (four / "checkpoints" / ".partial-x").mkdir()
     trained("--max-train-steps", "5", *LATEST)
-    assert checkpoints(four) == {"step-4", "step-5"}
-    assert "0 threads); on cpu" in capsys.readouterr().out
+    assert checkpoints(four) == {"step-4", "step-5"} and not list(four.rglob(".*"))
 
 
-def test_a_log_that_is_not_all_a_log(four, capsys):
+def test_a_log_that_was_cut_short(four):
     entries, log = read_run(four), four / "log.jsonl"
-    log.write_bytes(b'[1]\n"step"\n{"step": "one"}\n{"loss": 1}\n\xff\xfe\n' + log.read_bytes() + b'{"step": 5, "l')
+    log.write_bytes(log.read_bytes() + b'\xff\0\n{"step": 5, "l')
     assert read_run(four) == entries
-    assert "log.jsonl: 6 of 10 lines are no entries and left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["nothing", "hint", "target", "prompt", "fewer", "base", "vae"])

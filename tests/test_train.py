@@ -341,16 +341,6 @@ def test_what_a_controlnet_brings(trained, tmp_path):
         trained("--controlnet", lite, "--copy", "lite")
 
 
-def test_compiling_is_tried_first(tmp_path, trained, monkeypatch):
-    """Without a compiler it is one line, before the base is loaded or a folder made."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
-    monkeypatch.setattr(StableDiffusion, "load", None)
-    with pytest.raises(UserError, match=r"^--compile does not work here \(.*compiler.*\): install a C\+\+ compiler"):
-        trained("--compile")
-    assert not (tmp_path / "run").exists()
-
-
 class Exploding(torch.autograd.Function):
     """0, with an infinite gradient."""
 
