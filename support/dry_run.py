@@ -77,12 +77,11 @@ def pretending() -> Iterator[Count]:
                 part._parameters[name] = nn.Parameter(convert(parameter.detach()), parameter.requires_grad)
         return module
 
-    def copy_parameter(parameter: FakeTensor, memo: dict) -> nn.Parameter:
-        return nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-
     with (
         patch.object(nn.Module, "_apply", replace_parameters),
-        patch.object(FakeTensor, "__deepcopy__", copy_parameter, create=True),
+        patch.object(
+            FakeTensor, "__deepcopy__", lambda p, _: nn.Parameter(p.detach().clone(), p.requires_grad), create=True
+        ),
         FakeTensorMode(allow_non_fake_inputs=True),
         Count() as count,
     ):
@@ -134,11 +133,9 @@ def count_training(args: Namespace, make_base: Callable, assemble: Callable, tra
         pairs, held_out = (PretendedPairs(number, side, channels, count) for number in numbers)
 
         def preview(*controlnets: nn.Module) -> None:
-            hints, guidance_scale = torch.zeros(len(held_out), 3, side, side), args.preset.guidance_scale
-            generate(
-                sd, list(controlnets), [hints] * len(controlnets), held_out.prompts, control_mode="conditional",
-                steps=1, size=(side, side), guidance_scale=guidance_scale,
-            )  # fmt: skip
+            hints, scale = [torch.zeros(len(held_out), 3, side, side)] * len(controlnets), args.preset.guidance_scale
+            settings = {"control_mode": "conditional", "steps": 1, "size": (side, side), "guidance_scale": scale}
+            generate(sd, list(controlnets), hints, held_out.prompts, **settings)
 
         denoiser, optimizer, *others = assemble(run, sd, None, held_out)
         if previews:
@@ -181,25 +178,22 @@ def dry_run(args: Namespace, make_base: Callable, open_pairs: Callable, *parts: 
     fits = [str(card) for card in CARDS if peak + GB <= card * GB]
     told = f"with a GB to spare it fits in {', '.join(fits) or 'none of 8, 12, 16, 24'} GB"
     if len(fits) < len(CARDS):
-        lighter = {
-            "--validation-steps 0": {"validation_steps": 0},
-            "--gradient-checkpointing": {"gradient_checkpointing": True},
-            f"--train-batch-size 1 --gradient-accumulation-steps {size}":
-                {"train_batch_size": 1, "gradient_accumulation_steps": min(size, 2)},  # more take no more memory
-        }  # fmt: skip
-        for option, changes in lighter.items():
-            counted = count_training(Namespace(**vars(args) | changes), make_base, *parts)
-            lighter[option] = max(counted["peaks"].values())
-        best = min(lighter, key=lighter.get)
-        saves = f"what saves most is {best}: {lighter[best] / GB:.1f}"
-        told += "; " + (saves if lighter[best] < peak else "only a lower --resolution saves more")
+        lighter = {"only a lower --resolution saves more": peak}
+        for option, changes in (
+            ("--validation-steps 0", {"validation_steps": 0}),
+            ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+            (f"--train-batch-size 1 --gradient-accumulation-steps {size}",  # two of these take as much as more
+             {"train_batch_size": 1, "gradient_accumulation_steps": min(size, 2)}),
+        ):  # fmt: skip
+            counted = max(count_training(Namespace(**vars(args) | changes), make_base, *parts)["peaks"].values())
+            lighter[f"what saves most is {option}: {counted / GB:.1f}"] = counted
+        told += f"; {min(lighter, key=lighter.get)}"
     print(told)
 
     weights, checkpoint = 4 * taken["saved"], 4 * taken["saved"] + 8 * taken["trained"]  # float32; Adam's two moments
     kept = min(args.checkpoints_total_limit, math.ceil(args.max_train_steps / args.checkpointing_steps))
-    met, snapshots = min(pairs, args.max_train_steps * size), 0
-    if args.snapshot_steps:
-        snapshots = 1 + args.max_train_steps // args.snapshot_steps
+    met = min(pairs, args.max_train_steps * size)
+    snapshots = 1 + args.max_train_steps // args.snapshot_steps if args.snapshot_steps else 0
     disk = {
         f"{kept} checkpoints and one that is being written": (kept + 1) * checkpoint, "the result": weights,
         f"{met} targets": met * (CHECKSUM + 2 * 2 * math.prod(taken["latent"])),  # half precision; two moments
