@@ -20,7 +20,7 @@ from support.errors import UserError
 from support.log import read_log
 from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
-from weights import brings_decoder, load_controlnet
+from weights import load_controlnet, load_decoders
 
 SHIPPED = Path(__file__).parent / "models" / "fill50k" / "controlnet.safetensors"
 
@@ -93,9 +93,9 @@ def main() -> None:
         vae = trained_with.get("vae", "")
     else:
         vae, paths = "", {0: locate_controlnet(args.controlnet or SHIPPED)}
-    if brings_decoder(paths[max(paths)]):
-        raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
     sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device), vae)
+    if load_decoders(sd.unet, [paths[max(paths)]]):
+        raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
     detect = detector(args.detect, args.canny_low, args.canny_high)
     painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
     painter.controlnet(max(paths))  # so that a wrong file is reported before the page opens

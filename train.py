@@ -6,15 +6,12 @@ fill50k with the batch and learning rate of the released code's tutorial, meant 
 
 import json
 import math
-from argparse import Namespace
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 from support.command import run_command_line
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, milestones, plot_convergence
@@ -34,7 +31,7 @@ from vae import sample_latent
 from weights import load_controlnet, load_decoders, save_trained
 
 
-def parse_arguments() -> Namespace:
+def parse_arguments():
     def both(field: str) -> str:
         return f"(default: tiny {getattr(TINY, field)}, sd15 {getattr(SD15, field)})"
 
@@ -62,25 +59,11 @@ def parse_arguments() -> Namespace:
     add("--copy", choices=("full", "lite"), default="full", help="lite: the ablation of Fig. 8c")
     add("--only-mid-control", action="store_true", help="connect the middle block alone (docs/training.md)")
     add("--unlock-decoder", action="store_true", help="train the UNet's decoder too (docs/training.md)")
-    Run.add_options(parser)  # --output-dir, --resume-from-checkpoint, --device, …: where, how often, how fast
-    add("--dry-run", action="store_true", decides=False, help="say what memory, disk and time it takes, and end")
+    Run.add_options(parser)  # --output-dir, --resume-from-checkpoint, --device, --dry-run, …
     args = parser.parse_args()
     if args.controlnet and (args.hint_init, args.connection, args.copy) != (None, "zero", "full"):
         raise UserError("--hint-init, --connection and --copy are for a fresh copy: leave them out with --controlnet")
     return args
-
-
-@dataclass
-class Training:
-    """What the loop works with."""
-
-    args: Namespace
-    sd: StableDiffusion
-    pairs: EncodedPairs
-    denoiser: Denoiser
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    held_out: HeldOut | None  # None in the processes that do not write
 
 
 def main() -> None:
@@ -88,16 +71,17 @@ def main() -> None:
     if args.dry_run:
         return dry_run(args, StableDiffusion.without_weights, open_pairs, assemble, train, generate)
     with Run(args) as run:
-        training = prepare(args, run)
-        train(training, run)
+        sd, pairs, denoiser, optimizer, scaler, held_out = prepare(run)
+        train(run, sd, pairs, denoiser, optimizer, scaler, held_out)
         if run.unsaved:
-            save(training, run)
-        if training.held_out:
-            run.say_what_next(training.held_out.prompts[0])
+            save(run, denoiser)
+        if held_out:
+            run.say_what_next(held_out.prompts[0])
 
 
-def prepare(args: Namespace, run: Run) -> Training:
-    """Load the base, look at the pairs, make the ControlNet, and go back to where the run was."""
+def prepare(run: Run) -> tuple:
+    """Load the base, look at the pairs, make the ControlNet, and go back to where the run was: what `train` takes."""
+    args = run.args
     sd, controlnet = StableDiffusion.load(args.base, args.vae).requires_grad_(False), None
     if args.controlnet:
         path = locate_controlnet(args.controlnet)
@@ -106,49 +90,44 @@ def prepare(args: Namespace, run: Run) -> Training:
             raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
         args.copy = "lite" if controlnet.lite else "full"
         run.say(f"starting from the ControlNet in {path} ({args.copy}), no fresh copy of the base's encoder")
-    args = options.with_defaults(args, sd.preset)
-    run.begin(args)
+    args = run.begin(sd.preset)
     warn_if_slow(sd.unet, run.device)
     pairs, held_out_pairs = open_pairs(args.data, args.resolution, args.seed, args.validation_hints)
     pairs = open_inputs(run, sd, controlnet, pairs, held_out_pairs)
-    training = assemble(args, run, sd, controlnet, pairs, held_out_pairs)
-    run.resume(training.denoiser.trained, training.optimizer, training.scaler)
-    return training
+    denoiser, optimizer, scaler, held_out = assemble(run, sd, controlnet, held_out_pairs)
+    run.resume(denoiser.trained, optimizer, scaler)
+    if args.controlnet and held_out and not run.history:  # what its hint moves before the first step
+        run.history.append({"step": 0} | held_out.response(denoiser))
+        run.log()
+    if run.due(args.snapshot_steps):
+        export(run, denoiser, f"snapshots/step-{run.step}.safetensors", torch.float16)
+    return sd, pairs, denoiser, optimizer, scaler, held_out
 
 
-def assemble(args: Namespace, run: Run, sd, controlnet: ControlNet | None, pairs, held_out_pairs) -> Training:
-    """All that the loop works with, as before the first step."""
+def assemble(run: Run, sd: StableDiffusion, controlnet: ControlNet | None, held_out_pairs) -> tuple:
+    """The denoiser, its optimizer and scaler, and in the process that writes what measures it, as before all steps."""
+    args = run.args
     sd.to(run.device)
     torch.manual_seed(args.seed)  # for the hint encoder's weights
-    if controlnet is None:
-        channels = args.preset.hint_channels
-        controlnet = ControlNet.from_unet(sd.unet, channels, args.hint_init, args.connection, args.copy)
-    denoiser = Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
+    fresh = args.preset.hint_channels, args.hint_init, args.connection, args.copy
+    controlnet = controlnet or ControlNet.from_unet(sd.unet, *fresh)
+    denoiser = place(Denoiser(  # the UNet locked, its copy trainable: equations (1) and (2)
         sd.unet, controlnet, precision=PRECISIONS[args.mixed_precision], unlock_decoder=args.unlock_decoder,
         only_mid_control=args.only_mid_control, checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
-    place(denoiser, run.device)
-    previews = run.folder / "previews"
-    held_out = HeldOut(sd, held_out_pairs, args.seed, previews, args.validation_steps > 0) if run.writes else None
+    ), run.device)  # fmt: skip
+    held_out = run.writes and HeldOut(sd, held_out_pairs, args.seed, run.folder / "previews", args.validation_steps > 0)
     optimizer = torch.optim.AdamW(denoiser.trainable_parameters(), lr=args.learning_rate, fused=True)
     # fp16 has no numbers below 6e-8: the loss is scaled up, so that small gradients are not rounded to 0.
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.mixed_precision == "fp16")
-    return Training(args, sd, pairs, denoiser, optimizer, scaler, held_out)
+    return denoiser, optimizer, scaler, held_out
 
 
-def train(training: Training, run: Run) -> None:
+def train(run: Run, sd: StableDiffusion, pairs: EncodedPairs, denoiser: Denoiser, optimizer, scaler, held_out) -> None:
     """The loop: equation (5), from the step after run.step to --max-train-steps, or until a signal ends it."""
-    args, sd, pairs, denoiser = training.args, training.sd, training.pairs, training.denoiser
-    optimizer, scaler, held_out = training.optimizer, training.scaler, training.held_out
-    model, batches, schedule = run.distribute(denoiser), pairs.batches(run), NoiseSchedule(device=run.device)
+    args, model, batches = run.args, run.distribute(denoiser), pairs.batches(run)
+    schedule = NoiseSchedule(device=run.device)
     batches_per_step, cooldown = args.gradient_accumulation_steps, round(args.cooldown * args.max_train_steps)
     global_size, rows = args.train_batch_size * run.processes, run.local_rows(args.train_batch_size)
-    if args.controlnet and held_out and not run.history:  # what its hint moves before the first step
-        run.history.append(known := {"step": 0} | held_out.response(denoiser))
-        run.log()
-        run.say(f"step 0: hint sensitivity {known.get('hint_sensitivity', math.nan):.1e}")
-    if run.due(args.snapshot_steps):
-        export(training, run, f"snapshots/step-{run.step}.safetensors", torch.float16)
 
     for step in run.steps():
         left = args.max_train_steps - step  # the rate is constant, as released, but for the steps of the cooldown
@@ -156,8 +135,7 @@ def train(training: Training, run: Run) -> None:
 
         # ---- the step
         loss, names = 0, []
-        for i in range(batches_per_step):
-            batch = next(batches)
+        for i, batch in zip(range(batches_per_step), batches):
             # What is random: the seed and the batch's number decide it, and it is drawn for all processes together.
             generator, shape = generator_for(args.seed, NOISE, batch.number), (global_size, *pairs.latent_shape)
             vae_noise, eps = (torch.randn(shape, generator=generator)[rows].to(run.device) for _ in range(2))
@@ -179,7 +157,7 @@ def train(training: Training, run: Run) -> None:
             names += batch.names
         scaler.unscale_(optimizer)
         gradients = [p.grad for p in denoiser.trainable_parameters()]
-        loss, gradient_norm = run.mean(loss), nn.utils.get_total_norm(gradients).item()
+        loss, gradient_norm = run.mean(loss), torch.nn.utils.get_total_norm(gradients).item()
         # In fp16 a gradient can overflow: the scaler then leaves the step out, and scales the next ones less.
         skipped = scaler.get_scale() > 1 and math.isfinite(loss) and not math.isfinite(gradient_norm)
         if not skipped and not math.isfinite(loss + gradient_norm):
@@ -197,29 +175,26 @@ def train(training: Training, run: Run) -> None:
         if run.due(args.validation_steps):
             entry |= held_out.preview(denoiser.controlnet, step)
         if run.due(args.snapshot_steps):
-            export(training, run, f"snapshots/step-{step}.safetensors", torch.float16)  # for draw.py
+            export(run, denoiser, f"snapshots/step-{step}.safetensors", torch.float16)  # for draw.py
         run.log()
         run.say(*milestones(run.history))
         if run.due(args.checkpointing_steps):
-            save(training, run)
+            save(run, denoiser)
 
 
-def save(training: Training, run: Run) -> None:
+def save(run: Run, denoiser: Denoiser) -> None:
     """Write the ControlNet, the curves, and last the checkpoint, so that it never stands without the others."""
-    export(training, run, "controlnet.safetensors")
+    export(run, denoiser, "controlnet.safetensors")
     plot_convergence({run.folder.name: run.history}, run.folder / "convergence.png")
     run.save()
 
 
-def export(training: Training, run: Run, file: str, dtype: torch.dtype | None = None) -> None:
+def export(run: Run, denoiser: Denoiser, file: str, dtype: torch.dtype | None = None) -> None:
     """Write the ControlNet for other programs, with a decoder that was trained."""
-    args = training.args
-    metadata = {"base": args.base, "steps": str(run.step), "config": json.dumps(run.config)}
-    if args.base in SOURCES:  # of others it is not known
-        metadata["license"] = args.preset.license
-    save_trained(training.denoiser, run.folder / file, metadata, dtype)
+    known = {"license": run.args.preset.license} if run.args.base in SOURCES else {}  # of others it is not known
+    metadata = {"base": run.args.base, "steps": str(run.step), "config": json.dumps(run.config)} | known
+    save_trained(denoiser, run.folder / file, metadata, dtype)
 
 
 if __name__ == "__main__":
-    run_command_line(main, "--gradient-checkpointing, --validation-steps 0, --mixed-precision auto, a lower "
-                     "--resolution, or a lower --train-batch-size with --gradient-accumulation-steps")  # fmt: skip
+    run_command_line(main, "--gradient-checkpointing, --validation-steps 0, a lower --train-batch-size or --resolution")

@@ -15,7 +15,7 @@ from formats import diffusers
 from formats.layouts import OFFICIAL, OWN, Part, load
 from formats.networks import HIDDEN, hint_channels, pick, read_controlnet
 from formats.wrong_files import warn_of_pooling
-from support.checkpoints import read_decoder
+from support.checkpoints import STATE, is_checkpoint, read_trained
 from support.errors import UserError
 from support.files import read_tensors, save_tensors
 from unet import UNet
@@ -90,17 +90,19 @@ def save_trained(denoiser: Denoiser, path: Path, metadata: dict[str, str], dtype
     save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder, dtype=dtype)
 
 
-def brings_decoder(path: Path) -> bool:
-    """Whether a decoder that was trained with it (train.py --unlock-decoder) comes with a ControlNet."""
-    return bool(read_decoder(path)) or (path.is_file() and "unlock_decoder" in read_tensors(path)[1])
-
-
 def load_decoders(unet: UNet, paths: list[Path]) -> bool:
-    """Load a decoder that was trained with one of the ControlNets; True if one was. Two can't be used together."""
-    marked, names = [path for path in paths if brings_decoder(path)], official_names(unet)
-    if len(marked) > 1:
-        raise UserError(f"{marked[0]} and {marked[1]} both bring a decoder of their own: use one of them at a time")
-    for path in marked:
-        tensors = {names[name]: tensor for name, tensor in read_decoder(path).items()} or read_tensors(path)[0]
-        load_official(unet, official_state_dict(unet) | tensors, str(path))
-    return bool(marked)
+    """Load a decoder that was trained with one of the ControlNets (--unlock-decoder); True if one was. Not of two."""
+    found, names = {}, official_names(unet)
+    for path in paths:
+        folder = path.parent if path.name == STATE else path
+        if is_checkpoint(folder):
+            decoder = {names[name]: tensor for name, tensor in read_trained(folder)[1].items()}
+        else:
+            tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
+            decoder = tensors if "unlock_decoder" in metadata else {}
+        found |= {path: decoder} if decoder else {}
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found))} both bring a decoder of their own: use one of them at a time")
+    for path, decoder in found.items():
+        load_official(unet, official_state_dict(unet) | decoder, str(path))
+    return bool(found)

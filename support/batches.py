@@ -48,10 +48,10 @@ class EncodedPairs(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor | None]:
+    def __getitem__(self, indices: list[int]) -> tuple[list[int], Tensor, list[Tensor | None]]:
         # Pictures have 8 bits a channel: as bytes they take a quarter of the memory that processes share.
-        hint = (self.pairs.hint(index) * 255).round().byte()
-        return index, hint, self.pairs.image(index) if self.known(index) is None else None
+        hints = torch.stack([(self.pairs.hint(i) * 255).round().byte() for i in indices])
+        return indices, hints, [self.pairs.image(i) if self.known(i) is None else None for i in indices]
 
     def checksum(self, index: int, numbers: bytes) -> bytes:
         return hashlib.sha256(f"{self.encoder} {self.contents[index]} ".encode() + numbers).digest()
@@ -92,14 +92,9 @@ class EncodedPairs(Dataset):
         args, first = run.args, run.step * run.args.gradient_accumulation_steps
         rows, size = run.local_rows(args.train_batch_size), args.train_batch_size * run.processes
         loader = DataLoader(
-            self, batch_sampler=index_batches(len(self), size, args.seed, first, rows), num_workers=args.num_workers,
-            collate_fn=collate, pin_memory=run.device.type == "cuda", worker_init_fn=ignore_terminal,
+            self, batch_size=None, sampler=index_batches(len(self), size, args.seed, first, rows),
+            num_workers=args.num_workers, pin_memory=run.device.type == "cuda", worker_init_fn=ignore_terminal,
         )  # fmt: skip
         for number, (pairs, hint, images) in enumerate(loader, start=first):
             names, prompts = [self.pairs.name(i) for i in pairs], [self.pairs.prompts[i] for i in pairs]
             yield Batch(number, pairs, names, prompts, hint.to(run.device, non_blocking=True).float() / 255, images)
-
-
-def collate(samples: list[tuple]) -> tuple[list[int], Tensor, list[Tensor | None]]:
-    pairs, hints, images = zip(*samples)
-    return list(pairs), torch.stack(hints), list(images)

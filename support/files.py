@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,27 +41,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with reading(path, "weight file"), open(path, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":  # after the length of the header, in JSON
-        with reading(path, "safetensors file"):
-            try:
-                with safe_open(path, "pt") as file:
-                    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(of_wrong_length(path)) if "not fully covered" in str(error) else error from None
+        with reading(path, "safetensors file"), safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     if start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle alone, as PyTorch once wrote
         return read_pickled(path, mmap=start.startswith(b"PK")), {}
     start = start.lstrip()
     raise UserError(f"{path} is {next(what for begins, what in NO_WEIGHTS.items() if start.startswith(begins))}")
-
-
-def of_wrong_length(path: Path) -> str:
-    """What is wrong with a safetensors file whose header is whole, but whose tensors do not end where it does."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        tensors = {name: tensor for name, tensor in json.loads(file.read(size)).items() if name != "__metadata__"}
-    end, length = 8 + size + max(tensor["data_offsets"][1] for tensor in tensors.values()), path.stat().st_size
-    if length < end:
-        return f"{path} is damaged, {end - length} bytes are missing at its end: fetch it again"
-    return f"{path} has {length - end} bytes after its last tensor: cut them off (truncate -s {end}), or fetch it again"
 
 
 def read_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
@@ -113,12 +98,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def clear(folder: Path, prefix: str) -> None:
-    """Remove what a killed process left in a folder, by the beginning of its name."""
-    for path in folder.glob(f"{prefix}*"):
-        remove(path)
-
-
 def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -129,25 +108,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
 
 
-@contextlib.contextmanager
-def locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock file, which the operating system frees however this process ends. Raises filelock.Timeout.
-
-    It and the folders that were made for it go again, if nothing else is in them.
-    """
-    made = [folder for folder in path.parents if not folder.exists()]
+def locked(path: Path, timeout: float = -1) -> FileLock:
+    """`with` it this process holds a lock file, which the operating system frees however it ends. Raises Timeout."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path, timeout):
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows keeps it
-                    path.unlink()
-    finally:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()
+    return FileLock(path, timeout)
 
 
 def make_folder(path: Path) -> None:

@@ -22,10 +22,6 @@ IMAGE_FOLDER = (
 )  # fmt: skip
 LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
 LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
-UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
-    "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
-    "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('FOLDER')['train'])]"
-)
 BROKEN_SHOWN = 20
 
 
@@ -40,89 +36,59 @@ class Entry(NamedTuple):
 
 def read_listing(root: Path) -> list[Entry]:
     """The pairs of a folder. Their files exist; they are not opened yet."""
-    listing = find_listing(root, LAYOUTS)
-    pairs = read_entries(listing, *LAYOUTS[listing.name]) if listing else pair_by_name(root)
-    return [Entry(*pair) for pair in pairs]
+    listing = next((root / name for name in LAYOUTS if (root / name).is_file()), None)
+    if listing is None:
+        return pair_by_name(root)
+    if not (entries := find_entries(listing)):
+        raise UserError(f"{listing} has no entries: add one line each")
+    return collect(entries, lambda entry: read_entry(*entry, root, LAYOUTS[listing.name]), listing)
 
 
-def find_listing(root: Path, names: Iterable[str]) -> Path | None:
-    return next((root / name for name in names if os.path.isfile(root / name)), None)
-
-
-def pair_by_name(root: Path) -> list[tuple]:
+def pair_by_name(root: Path) -> list[Entry]:
     """source/NAME, target/NAME, and the prompt in target/NAME.txt, as kohya's trainer has them; endings may differ."""
     hints, targets = ({path.stem: path for path in sorted((root / part).glob("*")) if is_picture(path)}
                       for part in ("source", "target"))  # fmt: skip
     if not targets:
-        raise UserError(why_nothing_is_listed(root))
+        raise UserError(f"{root / 'prompt.json'}: no such file; a data folder has it, as fill50k, or a metadata.jsonl, "
+                        "or source/NAME.png, target/NAME.png and target/NAME.txt: unpack parquet files so")  # fmt: skip
 
-    def read(name: str) -> tuple:
-        if name not in hints:
-            raise UserError(f"no picture of that name in {root / 'source'}")
-        return hints[name], targets[name], read_caption(targets[name])
+    def read(target: Path) -> Entry:
+        if target.stem not in hints:
+            raise UserError(f"{target}: no picture of that name in {root / 'source'}")
+        return Entry(str(target), hints[target.stem], target, read_caption(target))
 
-    found = collect(((target, name) for name, target in targets.items()), read, root)
-    return [(str(place), *values) for place, values in found]
-
-
-def why_nothing_is_listed(root: Path) -> str:
-    if below := find_listing(root / "train", LAYOUTS):
-        return f"{root} has no listing, but {below.parent} has one: pass that folder"
-    if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
-        command = UNPACK.replace("FOLDER", str(root.resolve()))
-        return f'{root} has parquet files: unpack them with mkdir source target; python -c "{command}"'
-    return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
-            "source/ and target/ with pictures of equal names")  # fmt: skip
-
-
-def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
-    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text."""
-    found = collect(find_entries(listing), lambda entry: read_entry(entry, listing.parent, names), listing)
-    if not found:
-        raise UserError(f"{listing} has no entries: add one line each")
-    return [(place, *values) for place, values in found]
+    return collect(targets.values(), read, root)
 
 
 def find_entries(listing: Path) -> list[tuple[str, object]]:
-    """Each entry and its place: a row of a table, an element of a JSON array, or the JSON text of a line."""
+    """The place and the content of each entry: a row of a table, or the text of a line."""
     text = read_text(listing)
     if listing.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""))
         with reading(listing, "table", "save it again as CSV", damage=csv.Error):
             return [(f"{listing} line {table.line_num}", row) for row in table]
-    try:
-        whole = json.loads(text)
-        entries = whole.get("data") if isinstance(whole, dict) else whole
-        if isinstance(entries, list):
-            return [(f"{listing} entry {number}", entry) for number, entry in enumerate(entries, start=1)]
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            raise UserError(f"{listing} is no JSON ({error}): correct it") from None
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
 
 
-def read_entry(entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> tuple:
-    """An entry of a listing, or its JSON text -> (path, …, text)."""
+def read_entry(place: str, entry: dict | str, root: Path, names: tuple[tuple[str, ...], ...]) -> Entry:
+    """A row of a table, or the JSON text of a line, as a pair; `names` are the keys of hint, target and prompt."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
         entry = json.loads(entry) if isinstance(entry, str) else entry
     except (ValueError, RecursionError) as error:
-        raise UserError(f"no JSON ({error}); expected {expected}") from None
+        raise UserError(f"{place}: no JSON ({error}); expected one line each, {expected}") from None
     values = []
     for keys in names:
         value = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
         value = value[0] if isinstance(value, list) and value else value  # several captions: the first
         if not isinstance(value, str):
-            raise UserError(f'no text under "{keys[0]}"; expected {expected}')
+            raise UserError(f'{place}: no text under "{keys[0]}"; expected {expected}')
         values.append(value)
-    *pictures, prompt = values
-    for name in pictures:
-        if Path(name).is_absolute() or ".." in Path(name).parts:  # where links lead is the user's business
-            raise UserError(f"{name!r} lies outside the folder; move the picture into it, or a link to it")
-        if not os.path.isfile(root / name):
-            raise UserError(f"{root / name}: no such file; correct the path")
-    return *(root / name for name in pictures), prompt
+    hint, target, prompt = root / values[0], root / values[1], values[2]
+    if missing := next((path for path in (hint, target) if not os.path.isfile(path)), None):
+        raise UserError(f"{place}: {missing}: no such file; correct the path")
+    return Entry(place, hint, target, prompt)
 
 
 def read_text(path: Path) -> str:
@@ -136,18 +102,18 @@ def read_text(path: Path) -> str:
 def read_caption(picture: Path) -> str:
     text = picture.with_suffix(".txt")
     if not text.is_file():
-        raise UserError(f"no caption: write it into {text.name} beside it")
+        raise UserError(f"{picture}: no caption: write it into {text.name} beside it")
     return " ".join(read_text(text).split())
 
 
-def collect(items: Iterable[tuple], read: Callable, source: str | Path) -> list[tuple]:
-    """(place, read(item)) of each (place, item). A UserError shows those that can't be read."""
+def collect(items: Iterable, read: Callable, source: str | Path) -> list:
+    """read(item) of each. A UserError shows those that can't be read."""
     done, broken = [], []
-    for place, item in items:
+    for item in items:
         try:
-            done.append((place, read(item)))
+            done.append(read(item))
         except UserError as error:
-            broken.append(f"{place}: {error}")
+            broken.append(str(error))
     refuse_broken(broken, len(done) + len(broken), source)
     return done
 

@@ -1,7 +1,6 @@
 """Pairs of your own pictures and the hints detected in them: python data.py --from-pictures FOLDER --detect canny."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from support.detect import add_options, detector
 from support.errors import UserError
 from support.files import read_json, save_json, write_atomically
-from support.listing import IMAGE_FOLDER, collect, find_listing, read_caption, read_entries
+from support.listing import collect, read_caption
 from support.options import ArgumentParser, side
 from support.pictures import FORMATS, contact_sheet, fit_image, is_picture, open_image, save_picture, to_picture
 
@@ -19,27 +18,17 @@ SHEET, SHOWN, SHEET_SIDE = "contact-sheet.png", 8, 256
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and the folders in it, those that are linked too, by name."""
-    found, others, entered = [], set(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        if os.path.realpath(parent) in entered:  # a link led back
-            folders.clear()
-        else:
-            entered.add(os.path.realpath(parent))
-            paths = [Path(parent, name) for name in names if name[0] != "."]
-            found += [path for path in paths if is_picture(path)]
-            others |= {path.suffix for path in paths if not is_picture(path)} - {".txt", ".jsonl", ".csv"}
-    if others:
-        print(f"left out, as they are no pictures or not read: files of kind {', '.join(sorted(others))}")
+    """The pictures in a folder and the folders in it, by name; not what is hidden."""
+    paths = [path for path in sorted(folder.rglob("*")) if is_picture(path)]
+    found = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     if not found:
         raise UserError(f"{folder} has no pictures: pass a folder of {', '.join(FORMATS)}")
-    return sorted(found)
+    return found
 
 
 def parse_arguments():
     parser = ArgumentParser(description="Make a folder of pairs for train.py from your own pictures.")
-    told = "pictures, each with its caption in NAME.txt beside it or in the folder's metadata.jsonl or .csv"
+    told = "pictures, each with its caption in NAME.txt beside it"
     parser.add_argument("--from-pictures", type=Path, required=True, metavar="FOLDER", help=told)
     add_options(parser)  # --detect, --canny-low, --canny-high
     parser.add_argument("--resolution", type=side, default=512, help="pixels a side, a multiple of 64 (default: 512)")
@@ -56,12 +45,8 @@ def make_pairs() -> None:
     """The command line of data.py. A pair that is newer than its picture stays as it is."""
     args = parse_arguments()
     folder, output, detect = args.from_pictures, args.output, detector(args.detect, args.canny_low, args.canny_high)
-    listing = find_listing(folder, ("metadata.jsonl", "metadata.csv"))
-    listed = {path: text for _, path, text in read_entries(listing, *IMAGE_FOLDER[1:])} if listing else {}
     pictures = find_pictures(folder)
-    places = list(zip(pictures, pictures))
-    found = collect(places, lambda path: listed[path] if path in listed else read_caption(path), folder)
-    captions = [caption for _, caption in found]
+    captions = collect(pictures, read_caption, folder)
     made_with = {name: str(getattr(args, name)) for name in args.deciding} | {"from_pictures": str(folder.resolve())}
     note = output / "pictures.json"
     known = read_json(note, "choose another --output") if note.is_file() else None
@@ -78,7 +63,7 @@ def make_pairs() -> None:
             save_picture(to_picture(detect(pixels) * 2 - 1), hint)  # last: the pair is made
         return name
 
-    names = [name for _, name in collect(tqdm(places, desc="detecting"), make, folder)]
+    names = collect(tqdm(pictures, desc="detecting"), make, folder)
     lines = [
         json.dumps({"source": f"source/{name}", "target": f"target/{name}", "prompt": caption}) + "\n"
         for name, caption in zip(names, captions)

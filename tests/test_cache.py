@@ -38,7 +38,7 @@ def moments(sd, pairs, path, encoder="encoder", vanish=False):
     """The moments of all pairs, and how many of them had to be encoded."""
     sd.encoded, indices = 0, list(range(len(pairs)))
     encoded = EncodedPairs(pairs, [pairs.content(i) for i in indices], path, encoder, 4)
-    batch = Batch(0, indices, [], [], torch.zeros(()), [encoded[i][2] for i in indices])
+    batch = Batch(0, indices, [], [], torch.zeros(()), encoded[indices][2])
     if vanish:  # after the process that loads pictures has seen them
         path.write_bytes(b"")
     return encoded.moments(batch, sd.vae.encode), sd.encoded
@@ -55,8 +55,9 @@ def test_what_is_kept(sd, tmp_path):
     for i in range(5):
         assert torch.equal(first[i], sd.vae.encode(pairs.image(i)[None])[0].half().float())
     known = EncodedPairs(pairs, [pairs.content(i) for i in range(5)], tmp_path / "moments", "encoder", 4)
-    index, hint, image = known[3]
-    assert index == 3 and image is None and torch.equal(hint.float() / 255, pairs.hint(3))  # bytes lose nothing
+    indices, hints, images = known[[3, 1]]
+    assert indices == [3, 1] and images == [None, None]
+    assert torch.equal(hints[0].float() / 255, pairs.hint(3))  # bytes lose nothing
     assert len(pickle.dumps(known)) < 5000  # the file is opened where it is needed, not sent along
 
 
@@ -167,7 +168,7 @@ def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
     decoded, open_pair = [], support.listing.open_pair
     monkeypatch.setattr(support.listing, "open_pair", lambda pair: decoded.append(pair.hint.name) or open_pair(pair))
     with pytest.raises(UserError, match="6 of 9 entries are broken") as raised:
-        look_at(PairedImages(tmp_path, 64), record=tmp_path / "record" / "pictures.json")
+        look_at([(PairedImages(tmp_path, 64), i) for i in range(9)], record=tmp_path / "record" / "pictures.json")
     assert all(any(name in line for line in raised.value.args[1:]) for name in names if "good" not in name)
     assert set(names) - set(decoded) == {"good.png", "good.jpg"}
 

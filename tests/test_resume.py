@@ -52,7 +52,8 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
 
     # What a run leaves.
     assert {path.name for path in parts.iterdir()} == {
-        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "log.jsonl",
+        "cache", "checkpoints", "config.json", "controlnet.safetensors", "convergence.png", "inputs.json", "lock",
+        "log.jsonl",
     }  # fmt: skip
     assert json.loads((parts / "config.json").read_text())["learning_rate"] == 2e-3
     _, metadata = read_tensors(parts / "controlnet.safetensors")
@@ -68,8 +69,7 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
         (["--only-mid-control", *LATEST], "was made with --only-mid-control False: "),
         ([], "holds a run already"),
         (["--max-train-steps", "3", *LATEST], "beyond --max-train-steps 3"),
-        ([LATEST[0], four_steps / "checkpoints" / "step-2"], "step-2 is no checkpoint of this --output-dir"),
-        ([LATEST[0], "nowhere"], "nowhere is no checkpoint of this --output-dir: pass latest, or a folder of "),
+        ([LATEST[0], "step-2"], "invalid choice: 'step-2'"),
     ):
         with pytest.raises(UserError, match=message):
             trained(*options)
@@ -121,7 +121,6 @@ def test_the_terminal_goes_away(quick, tmp_path):
     os.close(write)
     os.close(read)
     wait_for_steps(process, tmp_path, 3)
-    os.kill(process.pid, signal.SIGXCPU)  # and its time is up
     for _ in range(2):
         os.killpg(process.pid, signal.SIGHUP)
     try:
@@ -133,12 +132,14 @@ def test_the_terminal_goes_away(quick, tmp_path):
 
 
 def test_going_back_drops_what_came_after(four, four_steps, trained):
+    """To the checkpoint before those that were deleted by hand."""
     (four / "snapshots").mkdir()
     for step in (2, 4):
         (four / "snapshots" / f"step-{step}.safetensors").write_bytes(b"")
     with open(four / "log.jsonl", "a") as log:
         log.write('{"step": 5, "lo')  # cut short by a crash
-    trained("--max-train-steps", "3", LATEST[0], four / "checkpoints" / "step-2")
+    shutil.rmtree(four / "checkpoints" / "step-4")
+    trained("--max-train-steps", "3", *LATEST)
     assert read_run(four) == read_run(four_steps)[:3]
     assert checkpoints(four) == {"step-2", "step-3"}
     assert [path.name for path in (four / "snapshots").iterdir()] == ["step-2.safetensors"]
@@ -164,19 +165,19 @@ def flip_a_bit(path):
     "damage",
     [
         lambda folder: flip_a_bit(folder / "state.safetensors"),
-        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("4", "3", 1)),
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: (folder / "state.safetensors").unlink(),
         lambda folder: torch.save(HostilePickle(folder / "trap"), folder / "state.safetensors"),
     ],
-    ids=["bit", "step", "json", "no state", "pickle"],
+    ids=["bit", "json", "no state", "pickle"],
 )
 def test_damaged_checkpoint(damage, four, trained):
-    """It is named, nothing in it is unpickled, and the newest one that is whole is offered, and works."""
+    """It is named, nothing in it is unpickled, and what the line says to do works."""
     damage(four / "checkpoints" / "step-4")
-    with pytest.raises(UserError, match="step-4 is damaged or renamed: resume from .*step-2") as raised:
+    with pytest.raises(UserError, match="step-4/.*: delete its folder, and the same command goes on from the check"):
         trained(*LATEST)
-    trained("--max-train-steps", "3", LATEST[0], str(raised.value).split()[-1])
+    shutil.rmtree(four / "checkpoints" / "step-4")
+    trained("--max-train-steps", "3", *LATEST)
     assert [entry["step"] for entry in read_run(four)] == [1, 2, 3]
     assert checkpoints(four) == {"step-2", "step-3"} and not list(four.rglob("trap"))
 
@@ -202,25 +203,21 @@ def test_checkpoint_of_another_training(change, four, trained):
     assert checkpoints(four) == {"step-2", "step-4"} and len(read_run(four)) == 4
 
 
-def test_what_a_kill_leaves_goes(four, trained, capsys):
-    """Half-written files and half-removed checkpoints. Another number of threads is told."""
-    record = four / "inputs.json"
-    record.write_text(record.read_text().replace(" threads)", "0 threads)"))
+def test_what_a_kill_leaves_goes(four, trained):
+    """Half-written files and half-removed checkpoints."""
     (four / "checkpoints" / ".partial-x").mkdir()
     trained("--max-train-steps", "5", *LATEST)
-    assert checkpoints(four) == {"step-4", "step-5"}
-    assert "0 threads); on cpu" in capsys.readouterr().out
+    assert checkpoints(four) == {"step-4", "step-5"} and not list(four.rglob(".*"))
 
 
-def test_a_log_that_is_not_all_a_log(four, capsys):
+def test_a_log_that_was_cut_short(four):
     entries, log = read_run(four), four / "log.jsonl"
-    log.write_bytes(b'[1]\n"step"\n{"step": "one"}\n{"loss": 1}\n\xff\xfe\n' + log.read_bytes() + b'{"step": 5, "l')
+    log.write_bytes(log.read_bytes() + b'\xff\0\n{"step": 5, "l')
     assert read_run(four) == entries
-    assert "log.jsonl: 6 of 10 lines are no entries and left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["nothing", "hint", "target", "prompt", "fewer", "base", "vae"])
-def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_path, monkeypatch, capsys):
+def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_path, monkeypatch):
     """The same ones under another name are the same training; others, whatever they are called, are refused by name."""
     (tmp_path / "as-it-was").mkdir()
     monkeypatch.chdir(tmp_path / "as-it-was")
@@ -253,7 +250,6 @@ def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_
         options += ["--base", nano, "--vae", "vae.safetensors"]
     if what == "nothing":
         trained(*options)
-        assert f"--data was pairs, is {data}/: what counts is that it holds the same" in capsys.readouterr().out
         assert json.loads((folder / "config.json").read_text())["base"] == str(nano)
         assert read_run(folder) == read_run(four_steps)
     else:
@@ -266,10 +262,10 @@ def test_inputs_are_told_by_their_contents(what, nano, trained, four_steps, tmp_
 @pytest.mark.parametrize(
     "module, name, call, saved",
     [
-        ("support.batches", "EncodedPairs.__getitem__", 7, 2),  # the third batch's first pair
+        ("support.batches", "EncodedPairs.__getitem__", 3, 2),  # the third batch
         ("support.batches", "EncodedPairs.keep", 4, 1),  # while a target of the second batch is encoded
         ("torch.optim.adam", "adam", 3, None),  # between two steps there is nothing whole to save
-        ("support.log", "Log.write", 3, 3),  # it has no line yet
+        ("support.run", "append_entry", 3, 3),  # it has no line yet
         ("train", "export", 2, 4),
     ],
 )
@@ -368,7 +364,7 @@ def test_stopped_before_the_first_checkpoint(trained, tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="holds a run already"):
         trained("--max-train-steps", "2")
     trained("--max-train-steps", "2", *LATEST)
-    assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
+    assert "resuming from step 0: there is no checkpoint yet" in capsys.readouterr().out
     assert [entry["step"] for entry in read_run(tmp_path / "run")] == [1, 2]
 
 

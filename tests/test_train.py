@@ -301,10 +301,8 @@ def test_on_from_a_controlnet(nano, trained, four_steps, tmp_path, capsys):
     measured = ["--controlnet", first, "--validation-steps", "2", "--validation-hints", "2", "--snapshot-steps", "2"]
     folder = trained(*measured, "--max-train-steps", "2")
     start, *log = read_run(folder)
-    said = capsys.readouterr().out
-    assert f"starting from the ControlNet in {first} (full)" in said
+    assert f"starting from the ControlNet in {first} (full)" in capsys.readouterr().out
     assert start["step"] == 0 and start["hint_sensitivity"] > 0 and len(log) == 2
-    assert f"step 0: hint sensitivity {start['hint_sensitivity']:.1e}" in said
     snapshot, loaded = (read_tensors(path)[0] for path in (folder / "snapshots" / "step-0.safetensors", first))
     assert all(torch.equal(tensor, loaded[name].half()) for name, tensor in snapshot.items())
     HeldOut(StableDiffusion.load(nano), PairedImages(SAMPLE, 64).select(slice(2)), 0, tmp_path / "base")
@@ -313,7 +311,7 @@ def test_on_from_a_controlnet(nano, trained, four_steps, tmp_path, capsys):
     resume = ["--resume-from-checkpoint", "latest", "--max-train-steps", "3"]
     moved = first.rename(tmp_path / "moved.safetensors")
     for source, told in ((four_steps / "checkpoints" / "step-2", "the ControlNet that it starts from is not what"),
-                         (None, "was made with --controlnet")):  # fmt: skip
+                         (None, "the ControlNet that it starts from is not what")):  # fmt: skip
         with pytest.raises(UserError, match=told):
             trained(*(["--controlnet", source] if source else []), *measured[2:], *resume)
     assert len(read_run(trained("--controlnet", moved, *measured[2:], *resume))) == 4
@@ -341,31 +339,6 @@ def test_what_a_controlnet_brings(trained, tmp_path):
     assert all(torch.equal(tensor.half(), start[name]) for name, tensor in loaded.items())
     with pytest.raises(UserError, match="are for a fresh copy"):
         trained("--controlnet", lite, "--copy", "lite")
-
-
-def test_compiling_is_tried_first(tmp_path, trained, monkeypatch):
-    """Without a compiler it is one line, before the base is loaded or a folder made."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
-    monkeypatch.setattr(StableDiffusion, "load", None)
-    with pytest.raises(UserError, match=r"^--compile does not work here \(.*compiler.*\): install a C\+\+ compiler"):
-        trained("--compile")
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard(trained, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options = ["--report-to", "tensorboard", "--validation-steps", "2", "--max-train-steps", "2"]
-    folder = trained(*options)
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    losses = [entry["loss"] for entry in read_run(folder)]
-    assert [event.step for event in events.Scalars("loss")] == [1, 2]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)  # kept in float32
-    assert events.Images("preview")[0].step == 2
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        trained(*options, folder=tmp_path / "other")
 
 
 class Exploding(torch.autograd.Function):
