@@ -154,6 +154,8 @@ def jump_step(history: list[dict]) -> int | None:
 def milestones(history: list[dict]) -> list[str]:
     """What the last entry of a log tells the user on the console, a line each."""
     entry, lines = history[-1], []
+    if entry["step"] == 0 and "hint_gap" in entry:  # it goes on from a ControlNet
+        lines.append(f"hint sensitivity {entry['hint_sensitivity']:.1e}")
     if growth_step(history) == entry["step"]:
         lines.append(f"the hint sensitivity is growing: {entry['hint_sensitivity']:.1e}")
     if jump_step(history) == entry["step"]:

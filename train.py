@@ -1,7 +1,7 @@
 """Train a ControlNet: load a base, lock it, copy its encoder, and minimise equation (5). One flat loop.
 
-`python train.py` runs on the miniature that ships here, with nothing to download; `python train.py --base sd15` on
-fill50k with the batch and learning rate of the released code's tutorial, meant for one 24 GB card.
+`python train.py` runs on the miniature that ships here, with nothing to download; with `--base sd15` on fill50k, with
+the released tutorial's batch and learning rate, meant for one 24 GB card.
 """
 
 import json
@@ -99,6 +99,7 @@ def prepare(run: Run) -> tuple:
     if args.controlnet and held_out and not run.history:  # what its hint moves before the first step
         run.history.append({"step": 0} | held_out.response(denoiser))
         run.log()
+        run.say(*milestones(run.history))
     if run.due(args.snapshot_steps):
         export(run, denoiser, f"snapshots/step-{run.step}.safetensors", torch.float16)
     return sd, pairs, denoiser, optimizer, scaler, held_out

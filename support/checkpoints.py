@@ -11,7 +11,7 @@ from support.errors import UserError, reading, writing
 from support.files import PARTIAL, read_json, read_tensors, replacing, save_json, save_tensors, sha256
 
 STATE, CONFIG = "state.safetensors", "config.json"
-MAY_CHANGE = ("max_train_steps", "base", "vae", "data", "controlnet")  # the last four are told by their contents
+TOLD_BY_CONTENT = ("base", "vae", "data", "controlnet")  # options that may change, as what they name may move
 GO_BACK = "delete its folder, and the same command goes on from the checkpoint before it, or from the start"
 
 
@@ -101,8 +101,8 @@ def newest(run: Path) -> Path | None:
 
 def check_config(path: Path, config: dict) -> dict:
     """A saved config.json. Raises UserError if options that decide the result are no longer those in it."""
-    saved = read_json(path, GO_BACK)
-    if changed := [name for name in config if name not in MAY_CHANGE and saved.get(name, config[name]) != config[name]]:
+    saved, may_change = read_json(path, GO_BACK), ("max_train_steps", *TOLD_BY_CONTENT)
+    if changed := [name for name in config if name not in may_change and saved.get(name, config[name]) != config[name]]:
         options = ", ".join(f"--{name.replace('_', '-')} {saved[name]}" for name in changed)
         raise UserError(f"{path} was made with {options}: resume with the same, or start a new --output-dir")
     return saved

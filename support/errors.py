@@ -30,12 +30,10 @@ class UserError(Exception):
 
 
 def known_cause(error: Exception, less_memory: str) -> str | None:
-    """What to tell the user where memory, a compiler or a loader's process is missing, None for any other error."""
+    """What to tell the user where memory or a loader's process was lost, None for any other error."""
     said = str(error).split("\n")[0].split(". ")[0]
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return f"out of memory ({said}): try {less_memory}"
-    if type(error).__module__.startswith("torch._inductor"):  # no C++ compiler, no Triton
-        return f"--compile does not work here ({said}): leave it out"
     if "DataLoader worker (pid" in said:
         return f"{said}: take --num-workers 0, or give a container more shared memory with --shm-size"
     return None

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,8 +41,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with reading(path, "weight file"), open(path, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":  # after the length of the header, in JSON
-        with reading(path, "safetensors file"), safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with reading(path, "safetensors file"):
+            try:
+                with safe_open(path, "pt") as file:
+                    return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            except SafetensorError as error:
+                if "not fully covered" in str(error):
+                    raise UserError(f"{path} is longer or shorter than its header says: fetch it again") from None
+                raise
     if start.startswith((b"PK", b"\x80")):  # a zip file, or a pickle alone, as PyTorch once wrote
         return read_pickled(path, mmap=start.startswith(b"PK")), {}
     start = start.lstrip()

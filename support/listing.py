@@ -1,6 +1,7 @@
 """Folders of pairs: a listing and the pictures that it names, or pictures of equal names beside their captions."""
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import io
@@ -22,6 +23,10 @@ IMAGE_FOLDER = (
 )  # fmt: skip
 LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
 LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
+UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
+    "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
+    "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('%s')['train'])]"
+)
 BROKEN_SHOWN = 20
 
 
@@ -49,8 +54,7 @@ def pair_by_name(root: Path) -> list[Entry]:
     hints, targets = ({path.stem: path for path in sorted((root / part).glob("*")) if is_picture(path)}
                       for part in ("source", "target"))  # fmt: skip
     if not targets:
-        raise UserError(f"{root / 'prompt.json'}: no such file; a data folder has it, as fill50k, or a metadata.jsonl, "
-                        "or source/NAME.png, target/NAME.png and target/NAME.txt: unpack parquet files so")  # fmt: skip
+        raise UserError(why_nothing_is_listed(root))
 
     def read(target: Path) -> Entry:
         if target.stem not in hints:
@@ -60,24 +64,40 @@ def pair_by_name(root: Path) -> list[Entry]:
     return collect(targets.values(), read, root)
 
 
+def why_nothing_is_listed(root: Path) -> str:
+    if below := next((root / "train" / name for name in LAYOUTS if (root / "train" / name).is_file()), None):
+        return f"{root} has no listing, but {below.parent} has one: pass that folder"
+    if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
+        return f'{root} has parquet files: unpack them with mkdir source target; python -c "{UNPACK % root.resolve()}"'
+    return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
+            "source/ and target/ with pictures of equal names")  # fmt: skip
+
+
 def find_entries(listing: Path) -> list[tuple[str, object]]:
-    """The place and the content of each entry: a row of a table, or the text of a line."""
+    """The place and the content of each entry: a row of a table, an element of a JSON array, or the text of a line."""
     text = read_text(listing)
     if listing.suffix == ".csv":
         table = csv.DictReader(io.StringIO(text, newline=""))
         with reading(listing, "table", "save it again as CSV", damage=csv.Error):
             return [(f"{listing} line {table.line_num}", row) for row in table]
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(text)
+        entries = whole.get("data") if isinstance(whole, dict) else whole
+        if isinstance(entries, list):
+            return [(f"{listing} entry {number}", entry) for number, entry in enumerate(entries, start=1)]
+    if text.lstrip().startswith("["):
+        raise UserError(f"{listing} begins as a JSON array, but is none: correct it")
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
 
 
-def read_entry(place: str, entry: dict | str, root: Path, names: tuple[tuple[str, ...], ...]) -> Entry:
-    """A row of a table, or the JSON text of a line, as a pair; `names` are the keys of hint, target and prompt."""
+def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> Entry:
+    """An entry of a listing, or its JSON text, as a pair; `names` are the keys of hint, target and prompt."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
         entry = json.loads(entry) if isinstance(entry, str) else entry
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: no JSON ({error}); expected one line each, {expected}") from None
+        raise UserError(f"{place}: no JSON ({error}); expected {expected}") from None
     values = []
     for keys in names:
         value = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else None
@@ -85,10 +105,13 @@ def read_entry(place: str, entry: dict | str, root: Path, names: tuple[tuple[str
         if not isinstance(value, str):
             raise UserError(f'{place}: no text under "{keys[0]}"; expected {expected}')
         values.append(value)
-    hint, target, prompt = root / values[0], root / values[1], values[2]
-    if missing := next((path for path in (hint, target) if not os.path.isfile(path)), None):
-        raise UserError(f"{place}: {missing}: no such file; correct the path")
-    return Entry(place, hint, target, prompt)
+    *pictures, prompt = values
+    for name in pictures:
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # where links lead is the user's business
+            raise UserError(f"{place}: {name!r} lies outside the folder; move the picture into it, or a link to it")
+        if not os.path.isfile(root / name):
+            raise UserError(f"{place}: {root / name}: no such file; correct the path")
+    return Entry(place, *(root / name for name in pictures), prompt)
 
 
 def read_text(path: Path) -> str:

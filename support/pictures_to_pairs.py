@@ -1,6 +1,7 @@
 """Pairs of your own pictures and the hints detected in them: python data.py --from-pictures FOLDER --detect canny."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -18,12 +19,18 @@ SHEET, SHOWN, SHEET_SIDE = "contact-sheet.png", 8, 256
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and the folders in it, by name; not what is hidden."""
-    paths = [path for path in sorted(folder.rglob("*")) if is_picture(path)]
-    found = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    """The pictures in a folder and the folders in it, those that are linked too, by name; not what is hidden."""
+    found, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if os.path.realpath(parent) in entered:  # a link led back
+            folders.clear()
+        else:
+            entered.add(os.path.realpath(parent))
+            found += [Path(parent, name) for name in names if name[0] != "." and is_picture(Path(name))]
     if not found:
         raise UserError(f"{folder} has no pictures: pass a folder of {', '.join(FORMATS)}")
-    return found
+    return sorted(found)
 
 
 def parse_arguments():

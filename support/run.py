@@ -26,12 +26,23 @@ from support.log import append_entry, read_log, write_log
 WHAT_A_RUN_LEAVES = (CONFIG, "log.jsonl", "checkpoints", "controlnet.safetensors")
 # What a terminal sends to all processes of a program: Ctrl-C, and its own end, which Windows does not tell.
 SENT_BY_TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+OUT_OF_TIME = [signal.SIGXCPU] if hasattr(signal, "SIGXCPU") else []  # of a processor's, by ulimit or a batch system
 
 
 def ignore_terminal(worker: int) -> None:
     """For processes that load pictures: when to stop is the main process's decision."""
     for number in SENT_BY_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
+
+
+def try_to_compile(device: torch.device) -> None:
+    """What torch.compile needs beside PyTorch is found missing here, not at the first step."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler, the linker, Triton: each has its own
+        reason = str(error).split("\n")[0]
+        needed = "Triton" if device.type == "cuda" else "a C++ compiler (on Windows that of Visual Studio)"
+        raise UserError(f"--compile does not work here ({reason}): install {needed}, or leave it out") from None
 
 
 class Run:
@@ -50,6 +61,8 @@ class Run:
         self.checkpoint, self.step, self.history = None, 0, []
         self.unsaved = False  # whether the weights are those after a whole step and still to be saved
         self.signals, self.shown, self.exits = [], {}, contextlib.ExitStack()
+        if args.compile:
+            try_to_compile(self.device)
 
     def __enter__(self) -> "Run":
         """Take hold of the folder, then join the other processes."""
@@ -117,10 +130,15 @@ class Run:
         self.config = {name: getattr(args, name) for name in args.deciding}
         self.config["train_batch_size"] *= self.processes
         if args.resume_from_checkpoint:
-            self.step = checkpoints.check_config((self.checkpoint or self.folder) / CONFIG, self.config).get("step", 0)
+            saved = checkpoints.check_config((self.checkpoint or self.folder) / CONFIG, self.config)
+            self.step = saved.get("step", 0)
             if self.step > args.max_train_steps:
                 raise UserError(f"{self.checkpoint} is beyond --max-train-steps {args.max_train_steps}: ask for more")
             self.say(f"resuming from {self.checkpoint or 'step 0: there is no checkpoint yet'}")
+            for name in checkpoints.TOLD_BY_CONTENT:
+                before, now = saved.get(name, self.config[name]), self.config[name]
+                if before != now:
+                    self.say(f"--{name} was {before or None}, is {now or None}: what counts is that it holds the same")
         if self.writes:
             for path in list(self.folder.rglob(f"{PARTIAL}*")):  # what a killed process left
                 remove(path)
@@ -155,9 +173,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, with a progress bar.
 
-        Ctrl-C, SIGTERM and SIGHUP end them after the step in hand; a second Ctrl-C or SIGTERM stops at once.
+        Ctrl-C, SIGTERM, SIGHUP and SIGXCPU end them after the step in hand; a second Ctrl-C or SIGTERM stops at once.
         """
-        for number in (signal.SIGTERM, *SENT_BY_TERMINAL):
+        for number in (signal.SIGTERM, *OUT_OF_TIME, *SENT_BY_TERMINAL):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self.exits.callback(signal.signal, number, signal.signal(number, self.ask_to_stop))
         last = self.args.max_train_steps
