@@ -1,7 +1,6 @@
 """Train a ControlNet: load a base, lock it, copy its encoder, and minimise equation (5). One flat loop.
 
-`python train.py` runs on the miniature that ships here, with nothing to download; with `--base sd15` on fill50k, with
-the released tutorial's batch and learning rate, meant for one 24 GB card.
+`python train.py` runs on the miniature that ships here, with nothing to download; `--base sd15` on one 24 GB card.
 """
 
 import json

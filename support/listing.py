@@ -41,12 +41,13 @@ class Entry(NamedTuple):
 
 def read_listing(root: Path) -> list[Entry]:
     """The pairs of a folder. Their files exist; they are not opened yet."""
-    listing = next((root / name for name in LAYOUTS if (root / name).is_file()), None)
-    if listing is None:
-        return pair_by_name(root)
-    if not (entries := find_entries(listing)):
-        raise UserError(f"{listing} has no entries: add one line each")
-    return collect(entries, lambda entry: read_entry(*entry, root, LAYOUTS[listing.name]), listing)
+    if listing := find_listing(root, LAYOUTS):
+        return [Entry(*entry) for entry in read_entries(listing, *LAYOUTS[listing.name])]
+    return pair_by_name(root)
+
+
+def find_listing(root: Path, names: Iterable[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def pair_by_name(root: Path) -> list[Entry]:
@@ -65,12 +66,19 @@ def pair_by_name(root: Path) -> list[Entry]:
 
 
 def why_nothing_is_listed(root: Path) -> str:
-    if below := next((root / "train" / name for name in LAYOUTS if (root / "train" / name).is_file()), None):
+    if below := find_listing(root / "train", LAYOUTS):
         return f"{root} has no listing, but {below.parent} has one: pass that folder"
     if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
         return f'{root} has parquet files: unpack them with mkdir source target; python -c "{UNPACK % root.resolve()}"'
     return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
             "source/ and target/ with pictures of equal names")  # fmt: skip
+
+
+def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
+    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text."""
+    if not (entries := find_entries(listing)):
+        raise UserError(f"{listing} has no entries: add one line each")
+    return collect(entries, lambda entry: read_entry(*entry, listing.parent, names), listing)
 
 
 def find_entries(listing: Path) -> list[tuple[str, object]]:
@@ -91,8 +99,8 @@ def find_entries(listing: Path) -> list[tuple[str, object]]:
     return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
 
 
-def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> Entry:
-    """An entry of a listing, or its JSON text, as a pair; `names` are the keys of hint, target and prompt."""
+def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> tuple:
+    """An entry of a listing, or its JSON text -> (place, path, …, text)."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
         entry = json.loads(entry) if isinstance(entry, str) else entry
@@ -111,7 +119,7 @@ def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ..
             raise UserError(f"{place}: {name!r} lies outside the folder; move the picture into it, or a link to it")
         if not os.path.isfile(root / name):
             raise UserError(f"{place}: {root / name}: no such file; correct the path")
-    return Entry(place, *(root / name for name in pictures), prompt)
+    return place, *(root / name for name in pictures), prompt
 
 
 def read_text(path: Path) -> str:

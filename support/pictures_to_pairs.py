@@ -11,7 +11,7 @@ from tqdm import tqdm
 from support.detect import add_options, detector
 from support.errors import UserError
 from support.files import read_json, save_json, write_atomically
-from support.listing import collect, read_caption
+from support.listing import IMAGE_FOLDER, collect, find_listing, read_caption, read_entries
 from support.options import ArgumentParser, side
 from support.pictures import FORMATS, contact_sheet, fit_image, is_picture, open_image, save_picture, to_picture
 
@@ -35,7 +35,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 def parse_arguments():
     parser = ArgumentParser(description="Make a folder of pairs for train.py from your own pictures.")
-    told = "pictures, each with its caption in NAME.txt beside it"
+    told = "pictures, each with its caption in NAME.txt beside it or in the folder's metadata.jsonl or .csv"
     parser.add_argument("--from-pictures", type=Path, required=True, metavar="FOLDER", help=told)
     add_options(parser)  # --detect, --canny-low, --canny-high
     parser.add_argument("--resolution", type=side, default=512, help="pixels a side, a multiple of 64 (default: 512)")
@@ -53,7 +53,9 @@ def make_pairs() -> None:
     args = parse_arguments()
     folder, output, detect = args.from_pictures, args.output, detector(args.detect, args.canny_low, args.canny_high)
     pictures = find_pictures(folder)
-    captions = collect(pictures, read_caption, folder)
+    listing = find_listing(folder, ("metadata.jsonl", "metadata.csv"))
+    listed = {path: text for _, path, text in read_entries(listing, *IMAGE_FOLDER[1:])} if listing else {}
+    captions = collect(pictures, lambda path: listed[path] if path in listed else read_caption(path), folder)
     made_with = {name: str(getattr(args, name)) for name in args.deciding} | {"from_pictures": str(folder.resolve())}
     note = output / "pictures.json"
     known = read_json(note, "choose another --output") if note.is_file() else None

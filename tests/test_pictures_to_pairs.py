@@ -1,5 +1,6 @@
 """python data.py --from-pictures: a folder of pairs from somebody's own pictures."""
 
+import json
 import os
 import shutil
 import sys
@@ -21,21 +22,27 @@ CAPTIONS = {"a.png": "a disc, coral", "b.jpg": "another disc", "more/a.png": "a 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three pictures, one in a folder of its own, and what lies beside them in such folders; no captions yet."""
+    """Three pictures, one in a folder that is a link, and what lies beside them in such folders; no captions yet."""
     folder = tmp_path / "pictures"
-    (folder / "more").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    folder.mkdir()
+    (folder / "more").symlink_to(tmp_path / "disk")
     for i, name in enumerate(CAPTIONS):
         Image.open(SAMPLE / "target" / f"{i}.png").resize((160, 128)).save(folder / name)
     (folder / "._a.png").write_text("of a Mac")
     (folder / "clip.MP4").write_text("a film")
-    (folder / ".thumbnails").mkdir()
-    shutil.copy(folder / "a.png", folder / ".thumbnails")
+    (folder / "more" / "back").symlink_to(folder)
     return folder
 
 
 def write_texts(folder, captions=CAPTIONS, encoding="utf-8"):
     for name, caption in captions.items():
         (folder / name).with_suffix(".txt").write_text(f"{caption}\n", encoding=encoding)
+
+
+def write_listing(folder, captions=CAPTIONS):
+    lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def make(monkeypatch, folder, output, *options):
@@ -48,9 +55,10 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if path.parent != folder}
 
 
-def test_train_reads_the_pairs(pictures, tmp_path, monkeypatch, capsys):
-    """Hints by the detector, targets as cut for it, captions, a sheet to look at."""
-    write_texts(pictures)
+@pytest.mark.parametrize("caption", [write_texts, write_listing])
+def test_train_reads_the_pairs(caption, pictures, tmp_path, monkeypatch, capsys):
+    """Hints by the detector, targets as cut for it, either form of captions, a sheet to look at."""
+    caption(pictures)
     make(monkeypatch, pictures, tmp_path / "pairs", "--canny-low", "20")
     assert "3 pairs" in capsys.readouterr().out
     pairs = PairedImages(tmp_path / "pairs", 64)
@@ -72,7 +80,7 @@ def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path,
     first, second = error.value.args[1:]
     assert "a.png: no caption: write it into a.txt beside it" in first and "more/a.png" in second
     (pictures / "a.txt").write_bytes(b"caf\xe9")
-    (pictures / "more" / "a.txt").touch()
+    write_listing(pictures, {"more/a.png": "both forms may be mixed"})
     with pytest.raises(UserError, match="a.txt is damaged or no text .*save it again as UTF-8"):
         make(monkeypatch, pictures, tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
@@ -104,8 +112,8 @@ def test_what_is_in_the_folder_stays(pictures, tmp_path, monkeypatch):
     write_texts(pictures)
     make(monkeypatch, pictures, tmp_path / "pairs")
     shutil.copytree(SAMPLE, tmp_path / "own")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     for folder, detect in (("pairs", "scribble"), ("own", "canny")):
         with pytest.raises(UserError, match=f"{folder} holds other files, or pairs made with other options: choose"):
             make(monkeypatch, pictures, tmp_path / folder, "--detect", detect)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
