@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import recipe
 import torch
+from PIL import Image
 
 from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
+from data import draw_fill50k
 from stable_diffusion import SD15
 from support.files import read_tensors
 from support.log import read_log
@@ -38,6 +40,8 @@ NANO = (  # the fixture `nano`
 # training.
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "0"]
 QUICK += ["--snapshot-steps", "0", "--cooldown", "0"]
+# Of the fixture `snapshots`: from JUMP on they are the trained ControlNet, those before it the untrained one.
+STEPS, JUMP = range(0, 50, 10), 20
 
 
 def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:
@@ -104,6 +108,10 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return equal(a.state_dict(), b.state_dict())
+
+
+def ring_picture(size: int = 128) -> Image.Image:
+    return draw_fill50k(0, size)[0]
 
 
 class HostilePickle:

@@ -67,9 +67,11 @@ def test_any_picture_is_read(mode, tmp_path):
     assert np.abs(np.asarray(picture) - grey[..., None].astype(int)).max() <= (1 if mode == "P" else 0)
 
 
-def test_transparent_is_background(tmp_path):
-    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
-    image.paste((255, 255, 255, 255), (0, 0, 32, 64))
+@pytest.mark.parametrize("ink", [255, 0])
+def test_transparent_is_background(ink, tmp_path):
+    """A white line on black is, and dark ink is its line, for else it would not be seen."""
+    image = Image.new("RGBA", (64, 64), (ink, ink, ink, 0))
+    image.paste((ink, ink, ink, 255), (0, 0, 32, 64))
     image.save(tmp_path / "a.png")
     pixels = np.asarray(open_image(tmp_path / "a.png"))
     assert pixels[:, :32].min() == 255 and pixels[:, 32:].max() == 0
