@@ -8,7 +8,7 @@ import support.command  # noqa: F401  before torch, so that the suite is not twe
 import pytest
 import torch
 from capture_page import served
-from standin import CONFIGS, JUMP, NANO, QUICK, STEPS, make_up_merges, run_main, stand_in
+from standin import CONFIGS, HINT_CHANNELS, JUMP, NANO, QUICK, STEPS, make_up_merges, run_main, stand_in
 
 from clip_text import Tokenizer
 from controlnet import ControlNet
@@ -130,6 +130,21 @@ def nano(scratch):
     networks = sd.unet, sd.vae, sd.text_encoder
     save_tensors({k: v for n in networks for k, v in official_state_dict(n).items()}, path, config_metadata(sd))
     return path
+
+
+@pytest.fixture(scope="session")
+def unet(nano):
+    return StableDiffusion.load(nano).unet
+
+
+@pytest.fixture(scope="session")
+def controlnet(unet):
+    """A ControlNet for the nano base, of which no two tensors are alike."""
+    torch.manual_seed(0)
+    made = ControlNet.from_unet(unet, HINT_CHANNELS).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import recipe
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from PIL import Image
 from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
 from data import draw_fill50k
 from stable_diffusion import SD15
+from support.errors import UserError
 from support.files import read_tensors
 from support.log import read_log
 from unet import UNet, UNetConfig
@@ -36,6 +38,7 @@ NANO = (  # the fixture `nano`
     VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), norm_groups=4),
     CLIPTextConfig(vocab_size=866, width=16, mlp_width=32, num_layers=1, num_heads=1),
 )
+HINT_CHANNELS = (4, 4, 8, 8)  # of its ControlNet, the fixture `controlnet`
 # train.py's options for a short run, with `--base` the fixture `nano`: nothing is sampled, and more steps are the same
 # training.
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "0"]
@@ -104,6 +107,18 @@ def same_tensors(a: Path, b: Path) -> bool:
     """Whether two weight files hold the same tensors and metadata."""
     (a, a_metadata), (b, b_metadata) = read_tensors(a), read_tensors(b)
     return equal(a, b) and a_metadata == b_metadata
+
+
+def in_layout(module: torch.nn.Module, layout) -> dict:
+    return {layout.theirs(name): tensor for name, tensor in module.state_dict().items()}
+
+
+def refusal(read, *arguments) -> str:
+    """The one line of a UserError."""
+    with pytest.raises(UserError) as raised:
+        read(*arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
