@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import contextlib
 import errno
 import importlib
 import itertools
@@ -12,7 +11,6 @@ import pickle
 import random
 import re
 import shutil
-import stat
 import subprocess
 import sys
 
@@ -28,10 +26,9 @@ from standin import ROOT, SAMPLE, HostilePickle, equal
 
 from controlnet import ControlNet
 from data import PairedImages
-from stable_diffusion import StableDiffusion
 from support import options
 from support.errors import UserError, reading
-from support.files import read_tensors, save_json
+from support.files import read_tensors
 from support.hub import locate
 from support.pictures import open_image
 from weights import save_controlnet
@@ -42,23 +39,19 @@ GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, nano):
+def place(tmp_path_factory, nano, unet):
     """A folder with what can be wrong with a command's files."""
     folder = tmp_path_factory.mktemp("mistakes")
     for name, size in (("a.png", (64, 64)), ("wide.png", (128, 64))):
         Image.new("RGB", size).save(folder / name)
     (folder / "cut.png").write_bytes(HINT.read_bytes()[:500])
-    for name in ("cut", "wide"):
+    for name in ("pairs", "pictures"):
         (folder / name).mkdir()
-        for picture in ("a", name):
-            shutil.copy(folder / f"{picture}.png", folder / name)
-        (folder / name / "prompt.json").write_text(json.dumps(GOOD | {"target": f"{name}.png"}))
-    for name in ("run", "nothing"):
-        (folder / name).mkdir()
-    for name in ("run/log.jsonl", "a_file"):
-        (folder / name).write_text("")
+    for picture in ("a", "cut"):
+        shutil.copy(folder / f"{picture}.png", folder / "pairs")
+    (folder / "pairs" / "prompt.json").write_text(json.dumps(GOOD | {"target": "cut.png"}))
+    (folder / "a_file").write_text("")
     (folder / "cut.safetensors").write_bytes(nano.read_bytes()[:100_000])
-    unet = StableDiffusion.load(nano).unet
     for copy in ("full", "lite"):
         save_controlnet(ControlNet.from_unet(unet, (4, 4, 4, 4), copy=copy), folder / f"{copy}.safetensors")
     return folder
@@ -69,25 +62,17 @@ CONTROL, TWO = "--base NANO --controlnet {}/full.safetensors --hint {}/a.png", "
 MISTAKES = {
     "train --max-train-steps 0": "--max-train-steps 0: must be .* above 0 .*train.py --help",
     "train --device cuda:77": "--device cuda:77 is not there .* take cpu",
-    "train --resume-from-checkpoint latest": "has no checkpoint.* leave --resume-from-checkpoint out",
-    "train --output-dir {}/run": "run holds a run already.*--resume-from-checkpoint latest",
     f"train --output-dir {'a' * 300}": "too long.* choose another --output-dir",
     "train --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "train --base {}/cut.safetensors": "cut.safetensors is damaged.* fetch it again",
-    "train --base NANO --data {}/nowhere": "nowhere/prompt.json: no such file.*metadata.jsonl",
-    "train --base NANO --data {}/cut": "prompt.json line 1: .*cut.png is damaged or no picture .* save it again",
-    "train --base NANO --data {}/wide": "prompt.json line 1: .*64x64.*128x64; crop them alike",
+    "train --base NANO --data {}/pairs": "prompt.json line 1: .*cut.png is damaged or no picture .* save it again",
     "sample --controlnet x": "1 --controlnet but 0 --hint: each needs its own",
-    "sample --controlnet x --hint {}/a.png --strength 1 --strength 2": "2 --strength, 1 --controlnet: give one",
     "sample --output out.jpg": "--output out.jpg: must end in .png",
     "sample --base NANO --output {}/a_file/out.png --resolution 64": "a_file .*choose another folder",
     "sample --control-start 0.6 --control-end 0.4": "--control-start 0.6 is after --control-end 0.4: swap",
-    "sample --base NANO --controlnet {}/nothing --hint {}/a.png": "nothing: no diffusion_pytorch_model.*; pass",
     f"sample {CONTROL} {TWO} {{}}/wide.png": "different shapes.* crop them alike",
-    "data --from-pictures {}/run --output {}/out": "--detect canny or scribble.* its own target",
+    "data --from-pictures {}/pictures --output {}/out": "--detect canny or scribble.* its own target",
     "data --from-pictures {}/nowhere --detect canny --output {}/out": "nowhere has no pictures: .*PNG",
-    "data --from-pictures {} --detect canny --output {}/out": "out lies in .*outside",
-    "tools.convert {}/full.safetensors {}/out.bin --layout official": "out.bin.*.safetensors",
     "tools.convert {}/lite.safetensors {}/out --layout diffusers": "lite.safetensors.* ControlNet-lite",
     "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
     "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
@@ -119,14 +104,10 @@ def test_one_line(line, place, nano, tmp_path, monkeypatch, capsys):
     "accepts, good, bad, told",
     [
         (options.positive_int, "3", ["0", "-1", "two", "1.5"], "above 0"),
-        (options.count_or_zero, "0", ["-1", "x"], "0 or more"),
         (options.seed, "4294967294", ["-1", "4294967295"], "below 2^32 - 1"),
-        (options.port, "65535", ["0", "65536"], "from 1 to 65535"),
         (options.positive_float, "1e-05", ["0", "-1", "nan", "inf"], "above 0"),
-        (options.finite_float, "-2.5", ["nan", "inf", "x"], "a finite number"),
         (options.fraction, "1.0", ["-0.1", "1.5", "nan"], "from 0 to 1"),
         (options.side, "128", ["100", "0", "63", "-64"], "a multiple of 64"),
-        (options.png, "a.png", ["a.jpg"], "must end in .png"),
     ],
 )
 def test_types_of_options(accepts, good, bad, told):
@@ -136,7 +117,7 @@ def test_types_of_options(accepts, good, bad, told):
             accepts(text)
 
 
-@pytest.mark.parametrize("ending", ["> /dev/full 2>&1", "2>&1 | true", ">&- 2>&-", "> ascii.txt"])
+@pytest.mark.parametrize("ending", ["> /dev/full 2>&1", "2>&1 | true", "> ascii.txt"])
 def test_nobody_reads_the_output(ending, tmp_path):
     """Or a terminal that knows ASCII alone does: the work goes on."""
     (tmp_path / "work.py").write_text(
@@ -203,8 +184,7 @@ def test_many_broken_entries(tmp_path, capsys):
 
 
 def test_what_is_local_is_not_asked_of_the_hub(tmp_path, monkeypatch):
-    for fetching in ("hf_hub_download", "snapshot_download"):
-        monkeypatch.setattr(huggingface_hub, fetching, None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for path in ("runs/nosuch", "folder/nosuch", "./owner/repo", "../nosuch", "owner/a.safetensors", "nosuch"):
@@ -267,17 +247,6 @@ def test_mutated_pictures(ending, tmp_path):
         except UserError:
             refused += 1
     assert refused > 10  # most of those that were cut short
-
-
-@pytest.mark.parametrize("number, written", [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_file_system_that_flushes_no_folders(number, written, tmp_path, monkeypatch):
-    def refuse(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with contextlib.nullcontext() if written else pytest.raises(UserError, match="can't write .*a.json"):
-        save_json({"a": 1}, tmp_path / "a.json")
 
 
 def test_waiting_threads_do_not_spin_for_long(monkeypatch):

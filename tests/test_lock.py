@@ -17,7 +17,7 @@ STARTS = int(os.environ.get("STARTS", "1"))
 
 def test_only_one_has_it(tmp_path):
     folder = tmp_path / "runs" / "mine"
-    for result in (None, folder / "result", None):  # what ends with an error leaves it free
+    for result in (None, folder / "result"):  # what ends with an error leaves it free
         with pytest.raises(RuntimeError), owned(folder):
             told = "mine is in use by another run: wait for it, or choose another --output-dir"
             with pytest.raises(UserError, match=told), owned(folder):
@@ -26,7 +26,7 @@ def test_only_one_has_it(tmp_path):
             if result:
                 result.write_text("")
             raise RuntimeError
-        assert folder.exists() == (folder / "result").exists()  # a folder that was made for nothing goes again
+        assert folder.exists() == (result is not None)  # a folder that was made for nothing goes again
 
 
 def test_a_child_does_not_keep_it(tmp_path):
@@ -40,7 +40,7 @@ def test_a_child_does_not_keep_it(tmp_path):
 
 
 def test_two_trainings_started_at_once(quick, tmp_path):
-    line = [sys.executable, "train.py", *map(str, quick), "--max-train-steps", "3", "--output-dir"]
+    line = [sys.executable, "train.py", *map(str, quick), "--max-train-steps", "1", "--output-dir"]
     for i in range(STARTS):
         folder = tmp_path / str(i)
         pair = [subprocess.Popen([*line, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -48,4 +48,4 @@ def test_two_trainings_started_at_once(quick, tmp_path):
         (_, status), (told, other_status) = sorted(ended, key=lambda end: end[1])
         assert (status, other_status) == (0, 2)
         assert "is in use by another run" in told or "holds a run already" in told  # if it came when all was over
-        assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3]
+        assert [entry["step"] for entry in read_run(folder)] == [1]

@@ -67,28 +67,6 @@ def test_learning_merges(tmp_path):
     assert len(Tokenizer.from_merges(tmp_path / "merges.txt").ids) == TINY.text.vocab_size
 
 
-def test_stages_resume(tmp_path, monkeypatch):
-    """The loop that the stages share: stopped after 2 of 4 steps and run again, it ends with the same weights."""
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
-
-    def train(name, last=4):
-        (tmp_path / name).mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        model = torch.nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
-
-        def loss_fn(step, generator):
-            if step >= last:
-                raise KeyboardInterrupt
-            return model(torch.rand(1, 3, 8, 8, generator=generator)).square().mean(), {}
-
-        plan = pretrain.Plan(4, 1, 1e-3)
-        return pretrain.fit("toy", tmp_path / name, model, loss_fn, lambda *_: None, plan).weight
-
-    with pytest.raises(KeyboardInterrupt):
-        train("parts", last=3)
-    assert torch.equal(train("parts"), train("whole"))  # which also says that none is NaN
-
-
 def test_dusk():
     """The second base's light, and that a picture in it is scored like one without."""
     pairs = DrawnImages(4, 128, DRAWN_HELD_OUT)

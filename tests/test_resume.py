@@ -16,11 +16,8 @@ import torch
 from safetensors.torch import save_file
 from standin import ROOT, SAMPLE, HostilePickle, read_run, same_tensors
 
-import support.files
-import support.run
 import train
 from stable_diffusion import StableDiffusion
-from support.checkpoints import save_checkpoint
 from support.errors import UserError
 from support.files import read_tensors, save_json, sha256
 from weights import load_controlnet
@@ -294,14 +291,6 @@ def test_stopped_before_the_first_checkpoint(trained, tmp_path, monkeypatch, cap
     assert "no checkpoint yet: starting at step 0" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "previews").iterdir()] == ["step-0 copy.png"]
     assert [entry["step"] for entry in read_run(tmp_path / "run")] == [1, 2]
-
-
-def test_the_log_is_on_the_disk_before_its_checkpoint(trained, monkeypatch):
-    order, flush, save = [], support.run.flush, save_checkpoint
-    monkeypatch.setattr("support.run.flush", lambda path: order.append(path.name) or flush(path))
-    monkeypatch.setattr("support.checkpoints.save_checkpoint", lambda *what: order.append("checkpoint") or save(*what))
-    trained("--max-train-steps", "1")
-    assert order == ["log.jsonl", "checkpoint"]
 
 
 def test_what_may_change_on_resume(monkeypatch):
