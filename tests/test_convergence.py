@@ -76,6 +76,10 @@ def test_growth_is_told_from_noise():
     assert growth_step(measured(2e-7, 2.3e-7, 3.6e-7, 2.5e-6, 5e-7, 4e-7, 4e-7)) is None  # a spike
     assert growth_step(measured(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
     assert growth_step([{"step": 1, "loss": 0.1}]) is None
+    heard = [{"step": i, "hint_sensitivity": 0.01 * 20**i, "hint_gap": 1, "heldout_loss": 1} for i in range(5)]
+    assert growth_step(heard) is jump_step(heard) is None  # from the start on: unless it knew nothing
+    heard[0]["hint_sensitivity"] = 0
+    assert (growth_step(heard), jump_step(heard)) == (4, 2)
 
 
 def test_jump_is_half_of_the_loss_in_three_measurements():

@@ -118,15 +118,11 @@ def test_command_line(tiny, controlnet, tmp_path, monkeypatch, capsys):
     settings = json.loads(second.text["settings"])
     assert (settings["seed"], settings["num_samples"], settings["sampling_steps"]) == (4, 1, 2)
     # Made again from what the picture says.
-    run_main(
-        monkeypatch, sample, "--base", settings["base"], "--controlnet", settings["controlnet"][0], "--hint",
-        settings["hint"][0], "--prompt", settings["prompt"], "--steps", settings["sampling_steps"],
-        "--guidance-scale", settings["guidance_scale"], "--strength", settings["strength"][0],
-        "--control-mode", settings["control_mode"], "--resolution", settings["resolution"],
-        "--control-start", settings["control_start"], "--control-end", settings["control_end"],
-        "--precision", settings["precision"],
-        "--seed", settings["seed"], "--output", tmp_path / "again.png",
-    )  # fmt: skip
+    names = ("base", "prompt", "guidance_scale", "control_mode", "resolution", "precision", "seed")
+    made_with = {name: settings[name] for name in names} | {"steps": settings["sampling_steps"]}
+    made_with |= {name: settings[name][0] for name in ("controlnet", "hint", "strength")}
+    options = [word for name, value in made_with.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run_main(monkeypatch, sample, *options, "--output", tmp_path / "again.png")
     again = torch.frombuffer(bytearray(Image.open(tmp_path / "again-0.png").tobytes()), dtype=torch.uint8)
     before = torch.frombuffer(bytearray(second.tobytes()), dtype=torch.uint8)
     assert (again.int() - before.int()).abs().max() <= 1  # another batch size: float32 rounding

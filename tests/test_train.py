@@ -18,7 +18,7 @@ import convergence
 import data
 import train
 from controlnet import ControlNet, Denoiser
-from convergence import RESPONSE_TIMES, HeldOut, growth_step, jump_step
+from convergence import RESPONSE_TIMES, HeldOut
 from data import DrawnImages, PairedImages
 from diffusion import NoiseSchedule
 from stable_diffusion import StableDiffusion
@@ -254,14 +254,6 @@ def test_on_from_a_controlnet(trained, four_steps, tmp_path, capsys):
         with pytest.raises(UserError, match=told):
             trained(*(["--controlnet", source] if source else []), *measured[2:], *resume)
     assert len(read_run(trained("--controlnet", moved, *measured[2:], *resume))) == 4
-
-
-def test_no_jump_where_the_hint_was_heard_from_the_start():
-    """Nor growth: log and plot tell of neither, unless the ControlNet knew nothing."""
-    history = [{"step": i, "hint_sensitivity": 0.01 * 20**i, "hint_gap": 1, "heldout_loss": 1} for i in range(5)]
-    assert growth_step(history) is jump_step(history) is None
-    history[0]["hint_sensitivity"] = 0
-    assert (growth_step(history), jump_step(history)) == (4, 2)
 
 
 def test_what_a_controlnet_brings(trained, tmp_path):
