@@ -83,11 +83,10 @@ def test_the_response_is_zero_before_the_first_step(nano, tmp_path, monkeypatch)
         assert torch.equal(getattr(held_out, name), getattr(again, name))
     last = len(RESPONSE_TIMES) - 1  # 3 pairs for 4 times: the first one again
     assert torch.equal(held_out.own[last], pairs.hint(0)) and torch.equal(held_out.other[last], pairs.hint(1))
-    controlnet = ControlNet.from_unet(sd.unet, sd.preset.hint_channels).requires_grad_(False)
-    values = held_out.response(Denoiser(sd.unet, controlnet))
+    denoiser = Denoiser(sd.unet, ControlNet.from_unet(sd.unet, sd.preset.hint_channels).requires_grad_(False))
+    values = held_out.response(denoiser)
     assert values["hint_sensitivity"] == values["hint_gap"] == 0 < values["heldout_loss"]
-    assert not list(tmp_path.iterdir())  # nothing is sampled
-    assert HeldOut(sd, DrawnImages(1, 64), 0, tmp_path, previews=False).response(Denoiser(sd.unet, controlnet)) == {}
+    assert HeldOut(sd, DrawnImages(1, 64), 0, tmp_path, previews=False).response(denoiser) == {}
     first = HeldOut(sd, pairs, 0, tmp_path)
     monkeypatch.setattr(convergence, "generate", None)  # the base's samples are kept with the run: resuming reads them
     again = HeldOut(sd, pairs, 0, tmp_path)
