@@ -1,20 +1,25 @@
+import json
 import shutil
+import signal
 from pathlib import Path
 
 import support.command  # noqa: F401  before torch, so that the suite is not twenty times as slow beside another program
 
 import pytest
 import torch
-from standin import CONFIGS, NANO, QUICK, make_up_merges, run_main, stand_in
+from capture_page import served
+from standin import CONFIGS, HINT_CHANNELS, JUMP, NANO, QUICK, STEPS, make_up_merges, run_main, stand_in
 
 from clip_text import Tokenizer
+from controlnet import ControlNet
+from draw import SHIPPED
 from formats.diffusers import BETAS, LAYOUTS
 from formats.networks import config_metadata
 from stable_diffusion import TINY_FILE, StableDiffusion
 from support.errors import warn
 from support.files import save_tensors
 from tools.versus_diffusers import base_models
-from weights import official_state_dict
+from weights import official_state_dict, save_controlnet
 
 FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "betas": (1000,), "alphas_cumprod": (1000,), "model_ema.decay": (),
@@ -128,6 +133,21 @@ def nano(scratch):
 
 
 @pytest.fixture(scope="session")
+def unet(nano):
+    return StableDiffusion.load(nano).unet
+
+
+@pytest.fixture(scope="session")
+def controlnet(unet):
+    """A ControlNet for the nano base, of which no two tensors are alike."""
+    torch.manual_seed(0)
+    made = ControlNet.from_unet(unet, HINT_CHANNELS).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.fixture(scope="session")
 def diffusers_base(nano, scratch):
     """The nano base as a folder, loaded into diffusers' and transformers' classes and saved by them."""
     import diffusers
@@ -145,3 +165,31 @@ def diffusers_base(nano, scratch):
     shutil.copy(nano.parent / "merges.txt", folder / "tokenizer")
     diffusers.DDIMScheduler(**BETAS).save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.fixture(scope="session")
+def snapshots(tmp_path_factory):
+    """A run's folder as the page needs it: snapshots that jump, and a log."""
+    folder, sd = tmp_path_factory.mktemp("run"), StableDiffusion.load("tiny")
+    (folder / "config.json").write_text('{"base": "tiny", "resolution": 128}')
+    untrained = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
+    for step in STEPS:
+        path = folder / "snapshots" / f"step-{step}.safetensors"
+        save_controlnet(untrained, path, dtype=torch.float16)
+        if step >= JUMP:
+            shutil.copy(SHIPPED, path)
+    entries = [{"step": step, "hint_sensitivity": 1e-6 * (step + 1), "followed": step / 40} for step in STEPS]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(snapshots, tmp_path_factory):
+    """The page's address: behind a proxy that is not there, and with a folder for temporary files that stays empty."""
+    folder = tmp_path_factory.mktemp("temporary")
+    variables = {"http_proxy": "socks5://127.0.0.1:9", "TMPDIR": str(folder)}
+    with open(folder.with_suffix(".log"), "w") as log, served(snapshots, log, **variables) as (address, process):
+        yield address
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == -signal.SIGHUP
+    assert "Traceback" not in folder.with_suffix(".log").read_text() and not [*folder.iterdir()]

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import recipe
 import torch
+from PIL import Image
 
 from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
+from data import draw_fill50k
 from stable_diffusion import SD15
+from support.errors import UserError
 from support.files import read_tensors
 from support.log import read_log
 from unet import UNet, UNetConfig
@@ -34,10 +38,13 @@ NANO = (  # the fixture `nano`
     VAEConfig(channels=8, channel_mult=(1, 1, 1, 1), norm_groups=4),
     CLIPTextConfig(vocab_size=866, width=16, mlp_width=32, num_layers=1, num_heads=1),
 )
+HINT_CHANNELS = (4, 4, 8, 8)  # of its ControlNet, the fixture `controlnet`
 # train.py's options for a short run, with `--base` the fixture `nano`: nothing is sampled, and more steps are the same
 # training.
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "0"]
 QUICK += ["--snapshot-steps", "0", "--cooldown", "0"]
+# Of the fixture `snapshots`: from JUMP on they are the trained ControlNet, those before it the untrained one.
+STEPS, JUMP = range(0, 50, 10), 20
 
 
 def stand_in(size: str, *parts: str) -> dict[str, torch.Tensor]:
@@ -102,8 +109,24 @@ def same_tensors(a: Path, b: Path) -> bool:
     return equal(a, b) and a_metadata == b_metadata
 
 
+def in_layout(module: torch.nn.Module, layout) -> dict:
+    return {layout.theirs(name): tensor for name, tensor in module.state_dict().items()}
+
+
+def refusal(read, *arguments) -> str:
+    """The one line of a UserError."""
+    with pytest.raises(UserError) as raised:
+        read(*arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return equal(a.state_dict(), b.state_dict())
+
+
+def ring_picture(size: int = 128) -> Image.Image:
+    return draw_fill50k(0, size)[0]
 
 
 class HostilePickle:

@@ -1,5 +1,6 @@
 """Every target is encoded once, when a batch first needs it; every picture is looked at before the first step."""
 
+import os
 import pickle
 import random
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import QUICK, SAMPLE, read_run, run_main
+from standin import SAMPLE, read_run
 
 import support.listing
 import train
@@ -87,8 +88,8 @@ def test_whatever_a_crash_leaves_is_encoded_again(sd, tmp_path):
     good = path.read_bytes()
     size = len(good) // 6
     swapped = good[size : 2 * size] + good[:size] + good[2 * size :]
-    spoiled = [b"", swapped, *(good[: rng.randrange(len(good))] for _ in range(4))]
-    for _ in range(8):
+    spoiled = [b"", swapped, *(good[: rng.randrange(len(good))] for _ in range(3))]
+    for _ in range(6):
         content = bytearray(good)
         first = rng.randrange(len(good))
         last = min(first + rng.choice([1, 100, 5000]), len(good))
@@ -96,15 +97,13 @@ def test_whatever_a_crash_leaves_is_encoded_again(sd, tmp_path):
         spoiled.append(bytes(content))
     for content in spoiled:
         path.write_bytes(content)
-        rows, encoded = moments(sd, pairs, path)
-        assert torch.equal(rows, whole) and path.read_bytes() == good
-        assert encoded > 0 or content == good
+        assert torch.equal(moments(sd, pairs, path)[0], whole) and path.read_bytes() == good
     rows, encoded = moments(sd, pairs, path, vanish=True)
     assert torch.equal(rows, whole) and encoded == 6
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_encoding_follows_the_precision(precision, nano, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_encoding_follows_the_precision(precision, trained, monkeypatch):
     """bf16 for VAE and text encoder, float32 beside fp16; and what was encoded in one is not taken for the other."""
     seen, open_inputs = [], train.open_inputs
 
@@ -115,37 +114,29 @@ def test_encoding_follows_the_precision(precision, nano, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "open_inputs", spy)
     monkeypatch.setattr(train, "HeldOut", lambda *_: SimpleNamespace(prompts=[""]))  # which encodes in float32 always
-    options = ["--base", nano, *QUICK, "--max-train-steps", "3", "--output-dir", tmp_path]
-    run_main(monkeypatch, train, *options, "--mixed-precision", precision)
+    folder = trained("--max-train-steps", "3", "--mixed-precision", precision)
     expected = torch.bfloat16 if precision == "bf16" else torch.float32
     assert len(seen) == 4 + 3 and set(seen) == {expected}  # four pictures, three batches of prompts
-    moments, other = (tmp_path / "cache" / "moments").read_bytes(), "no" if precision == "bf16" else "bf16"
-    for name in ("checkpoints", "config.json", "controlnet.safetensors", "log.jsonl"):
-        path = tmp_path / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_main(monkeypatch, train, *options, "--mixed-precision", other)
-    assert (tmp_path / "cache" / "moments").read_bytes() != moments
+    shutil.rmtree(folder / "checkpoints")
+    for name in ("config.json", "controlnet.safetensors", "log.jsonl"):
+        (folder / name).unlink()
+    trained("--max-train-steps", "3", "--mixed-precision", "fp16" if precision == "bf16" else "bf16")
+    assert seen[7:].count(expected) == 0 and len(seen) == 2 * 7
 
 
-def test_a_corrected_picture_costs_that_one(nano, tmp_path, monkeypatch):
+def test_a_corrected_picture_costs_that_one(trained, tmp_path, monkeypatch):
     """The first one that can't be used ends no encoding, and neither are the others looked at again."""
     data, opened, content = shutil.copytree(SAMPLE, tmp_path / "data"), [], PairedImages.content
     good = (data / "target" / "2.png").read_bytes()
     (data / "target" / "2.png").write_bytes(good[:-100])
     monkeypatch.setattr(PairedImages, "content", lambda self, i: opened.append(i) or content(self, i))
-    options = ["--base", nano, *QUICK, "--data", data, "--max-train-steps", "2", "--output-dir", tmp_path / "run"]
     with pytest.raises(UserError, match="line 3: .*2.png is damaged or no picture"):
-        run_main(monkeypatch, train, *options)
+        trained("--data", data)
     assert sorted(opened) == [0, 1, 2, 3]
     (data / "target" / "2.png").write_bytes(good)
-    run_main(monkeypatch, train, *options)
-    run_main(monkeypatch, train, *options[:-3], "3", *options[-2:], "--resume-from-checkpoint", "latest")
-    assert sorted(opened) == [0, 1, 2, 2, 3] and len(read_run(tmp_path / "run")) == 3
-
-
-def save_cut(image, path, **options):
-    image.save(path, **options)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    trained("--data", data, "--max-train-steps", "2")
+    folder = trained("--data", data, "--max-train-steps", "3", "--resume-from-checkpoint", "latest")
+    assert sorted(opened) == [0, 1, 2, 2, 3] and len(read_run(folder)) == 3
 
 
 def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
@@ -156,9 +147,9 @@ def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
     image.save(tmp_path / "good.png")
     image.save(tmp_path / "good.jpg", exif=thumbnail)
     image.save(tmp_path / "good.webp")
-    for name in ("cut.png", "cut.jpg", "cut.webp", "cut.bmp"):
-        save_cut(image, tmp_path / name)
-    save_cut(image, tmp_path / "cut-progressive.jpg", progressive=True, exif=thumbnail)
+    for name in ("cut.png", "cut.jpg", "cut.webp", "cut-progressive.jpg"):
+        image.save(tmp_path / name, progressive="progressive" in name, exif=thumbnail)
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2)
     flipped = bytearray((tmp_path / "good.png").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (tmp_path / "flipped.png").write_bytes(flipped)
@@ -167,22 +158,7 @@ def test_what_is_seen_before_the_first_step(tmp_path, monkeypatch):
     (tmp_path / "prompt.json").write_text("\n".join(lines))
     decoded, open_pair = [], support.listing.open_pair
     monkeypatch.setattr(support.listing, "open_pair", lambda pair: decoded.append(pair.hint.name) or open_pair(pair))
-    with pytest.raises(UserError, match="6 of 9 entries are broken") as raised:
-        look_at([(PairedImages(tmp_path, 64), i) for i in range(9)], record=tmp_path / "record" / "pictures.json")
+    with pytest.raises(UserError, match="5 of 8 entries are broken") as raised:
+        look_at([(PairedImages(tmp_path, 64), i) for i in range(8)], record=tmp_path / "record" / "pictures.json")
     assert all(any(name in line for line in raised.value.args[1:]) for name in names if "good" not in name)
     assert set(names) - set(decoded) == {"good.png", "good.jpg"}
-
-
-def test_a_content_tells_every_change(tmp_path):
-    """Of large files of one size: one pixel, and how a JPEG is to be turned."""
-    pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    for name in ("a.bmp", "a.png", "a.jpg"):
-        (tmp_path / "prompt.json").write_text(f'{{"source": "{name}", "target": "{name}", "prompt": ""}}')
-        seen = set()
-        for change in (0, 1):
-            exif = Image.Exif()
-            exif[0x0112] = 1 + 2 * change
-            pixels[128, 128] = 7 + change
-            Image.fromarray(pixels).save(tmp_path / name, exif=exif, compress_level=0, quality=100, subsampling=0)
-            seen.add(PairedImages(tmp_path, 64).content(0))
-        assert len(seen) == 2

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from controlnet import ControlNet, Denoiser, HintEncoder, add_residuals, control_weights, zero_conv
+from controlnet import ControlNet, Denoiser, HintEncoder, control_weights, zero_conv
 from stable_diffusion import SD15, TINY
 from support.block_table import block_table
 from unet import UNet, encoder_channels
@@ -156,11 +156,6 @@ def test_control_weights():
     assert control_weights("resolution") == [sides[0] / side for side in sides]
     with pytest.raises(ValueError, match="'strong'"):
         control_weights("strong")
-
-
-def test_add_residuals():
-    lists = [[torch.full((1,), float(10 * i + j)) for j in range(13)] for i in range(3)]
-    assert [r.item() for r in add_residuals(*lists)] == [30.0 + 3 * j for j in range(13)]
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -6,11 +6,10 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE, run_main
+from standin import ROOT, SAMPLE, equal, run_main
 from torch import Tensor
 
 import convergence
-import train
 from controlnet import ControlNet, Denoiser
 from convergence import HeldOut, growth_step, hint_response, jump_step, measure, milestones, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
@@ -78,6 +77,10 @@ def test_growth_is_told_from_noise():
     assert growth_step(measured(2e-7, 2.3e-7, 3.6e-7, 2.5e-6, 5e-7, 4e-7, 4e-7)) is None  # a spike
     assert growth_step(measured(1e-5, 1.1e-5, 1.2e-5, 1.3e-5)) is None
     assert growth_step([{"step": 1, "loss": 0.1}]) is None
+    heard = [{"step": i, "hint_sensitivity": 0.01 * 20**i, "hint_gap": 1, "heldout_loss": 1} for i in range(5)]
+    assert growth_step(heard) is jump_step(heard) is None  # from the start on: unless it knew nothing
+    heard[0]["hint_sensitivity"] = 0
+    assert (growth_step(heard), jump_step(heard)) == (4, 2)
 
 
 def test_jump_is_half_of_the_loss_in_three_measurements():
@@ -99,30 +102,14 @@ def test_milestones():
     assert milestones([*entries, scored]) == [told]
 
 
-def history(steps, iou_every):
-    entries = []
-    for step in range(1, steps + 1):
-        entry = {"step": step, "loss": 0.03 - 1e-5 * step, "lr": 5e-4, "seconds": step}
-        if step % 10 == 0:
-            entry |= {"hint_sensitivity": 1e-6 * 1.5 ** (step / 10), "hint_gap": 1e-4 * step, "heldout_loss": 0.02}
-        if step % iou_every == 0:
-            entry |= {"iou": step / steps, "base_iou": 0.2}
-        entries.append(entry)
-    return entries
-
-
 def test_plots_of_logs(tmp_path):
-    """A panel for what was logged: also without previews, from the middle on, or of nothing.
-
-    A name is shown as it is: `$` begins no formula.
-    """
-    logs = {"whole": history(60, 20), r"no $\previews$": history(60, 100), "later": history(60, 20)[25:], "empty": []}
-    heights = {}
-    for name, of in {"all": logs, "loss": {"run": [{"step": 1, "loss": 0.1}]}, "nothing": {"empty": []}}.items():
-        plot_convergence(of, tmp_path / f"{name}.png")
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            heights[name] = picture.height
-    assert heights["all"] > 3 * heights["loss"]
+    """A panel for what was logged. A name is shown as it is: `$` begins no formula."""
+    whole, heights = [{"loss": 0.03} | entry | {"iou": 0.5, "base_iou": 0.2} for entry in measured(*[1e-3] * 9)], []
+    for logs in ({r"no $\previews$": whole, "empty": []}, {"run": [{"step": 1, "loss": 0.1}]}, {"empty": []}):
+        plot_convergence(logs, tmp_path / "plot.png")
+        with Image.open(tmp_path / "plot.png") as picture:
+            heights.append(picture.height)
+    assert heights[0] > 3 * heights[1]
 
 
 # Any ControlNet
@@ -172,13 +159,11 @@ def test_verdicts():
     assert verdict(noise).startswith("its hint moves the predictions, but not towards these 8 pictures")
 
 
-def test_a_band_that_is_noise_does_not_count():
+def test_what_the_strongest_band_is():
+    """One that is noise does not count, and all together can be surer than each."""
     heard = figures(torch.full((len(BANDS),), 0.1), 0.1)
     heard.loss["other"][0, 2] += 30  # one pair alone
     assert strongest_band(heard)[2] != "250 to 374" and strongest_band(heard)[0] == pytest.approx(0.1, abs=0.02)
-
-
-def test_all_bands_together_can_be_surer_than_each():
     heard = figures(torch.full((len(BANDS),), 0.05), 0.1)
     heard.loss["other"] += 0.06 * torch.eye(8) * 8 - 0.06  # one band of each pair, always another one
     # 64 draws of 0.01: their mean is within 0.01 of the added 0.05, eight standard errors
@@ -216,18 +201,12 @@ def judged_steps(monkeypatch, capsys, tmp_path, folder):
     return {int(step): float(loss) for step, loss in told}
 
 
-def test_a_training_of_ours(sd, monkeypatch, capsys, tmp_path):
+def test_a_training_of_ours(unet, trained, monkeypatch, capsys, tmp_path):
     """Every step with its own ControlNet, and with the decoder that was trained with it."""
-    run = tmp_path / "run"
-    run_main(
-        monkeypatch, train, "--output-dir", run, "--data", SAMPLE, "--resolution", "64", "--max-train-steps", "2",
-        "--checkpointing-steps", "1", "--validation-steps", "0", "--train-batch-size", "1", "--snapshot-steps", "1",
-        "--unlock-decoder",
-    )  # fmt: skip
-    last = load_controlnet(run / "controlnet.safetensors", sd.unet).state_dict()
-    for name in ("step-2", "step-2/state.safetensors"):
-        checkpoint = load_controlnet(run / "checkpoints" / name, sd.unet).state_dict()
-        assert all(torch.equal(last[name], checkpoint[name]) for name in last)
+    options = ["--checkpointing-steps", "1", "--snapshot-steps", "1", "--unlock-decoder"]
+    run = trained(*options, "--max-train-steps", "2")
+    last = load_controlnet(run / "controlnet.safetensors", unet).state_dict()
+    assert equal(load_controlnet(run / "checkpoints" / "step-2", unet).state_dict(), last)
     losses = judged_steps(monkeypatch, capsys, tmp_path, run)
     assert list(losses) == [0, 1, 2] and losses[0] != losses[2]
     capsys.readouterr()

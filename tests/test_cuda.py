@@ -1,7 +1,5 @@
 """On a GPU: the CPU's numbers, both half precisions, resuming, and memory as the docs state it. Skipped without one."""
 
-from support.command import run_command_line
-
 import pytest
 import torch
 from standin import ROOT, SAMPLE, deviation, read_run, run_main, small_unet, stand_in
@@ -10,20 +8,16 @@ from test_dry_run import count
 import sample
 import train
 from controlnet import ControlNet, Denoiser
-from diffusion import NoiseSchedule
 from sample import generate
 from stable_diffusion import StableDiffusion
 from support.devices import (
     PRECISIONS,
     choose_device,
-    fast_precision,
     place,
     place_for_sampling,
     sampling_precision,
 )
-from support.errors import UserError
 from support.files import read_tensors
-from support.norms import GroupNorm, LayerNorm
 from support.pictures import read_strip
 from weights import load_controlnet, load_official
 
@@ -115,43 +109,6 @@ def test_sample_is_the_cpu_s(card, precision, tmp_path, monkeypatch):
         run_main(monkeypatch, sample, *options, *output)
     ours, expected = (read_strip(tmp_path / f"{name}.png", 2)[1] for name in (DEVICE, "cpu"))
     assert (ours - expected).abs().mean() < (0.02 if precision == "fp32" else 0.1)  # of a range of 2
-
-
-def test_norms_stay_in_half_precision(card):
-    """Under autocast too, where PyTorch's own would turn everything into float32."""
-    for norm in (GroupNorm(4, 8), LayerNorm(8)):
-        x = torch.randn(2, 8, 8, 8, device=card, dtype=torch.bfloat16)
-        with torch.autocast("cuda", torch.bfloat16):
-            ours = norm.to(card)(x)
-            assert ours.dtype == torch.bfloat16
-            plain = super(type(norm), norm).forward(x)
-        assert plain.dtype == torch.float32 and deviation(ours.float(), plain) < 1e-2
-
-
-def test_random_numbers_do_not_depend_on_the_device(card):
-    schedule, cpu = NoiseSchedule(device=card), NoiseSchedule()
-    z, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
-    on_card = schedule.add_noise(z.to(card), eps.to(card), t.to(card)).cpu()
-    assert torch.allclose(on_card, cpu.add_noise(z, eps, t), atol=1e-6)
-
-
-def test_the_precision_follows_the_card(card):
-    assert fast_precision(card) == ("bf16" if torch.cuda.get_device_capability(card)[0] >= 8 else "fp16")
-    assert choose_device(None) == card == torch.device("cuda", torch.cuda.current_device())
-
-
-def test_a_card_that_is_not_there():
-    with pytest.raises(UserError, match="--device cuda:99 is not there"):
-        choose_device("cuda:99")
-
-
-def test_too_little_memory_is_one_line(card, tmp_path, monkeypatch, capsys):
-    cap(card, 0.05)
-    options = [*TRAIN, "--train-batch-size", "512", "--resolution", "512", "--output-dir", tmp_path / "run"]
-    with pytest.raises(SystemExit) as end:
-        run_command_line(lambda: run_main(monkeypatch, train, *options, "--device", DEVICE), "less")
-    assert end.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: out of memory")
 
 
 # At Stable Diffusion 1.5's size, by card. What is counted is without kernels' workspaces and fragmentation; a tenth is

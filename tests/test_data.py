@@ -1,4 +1,3 @@
-import csv
 import json
 import shutil
 import zipfile
@@ -17,19 +16,11 @@ from support.errors import UserError
 from support.hub import fetch_folder
 
 
-def test_colours():
-    assert len(COLOURS) == 139
-    assert len({tuple(colour) for colour in COLOURS.values()}) == 139
-    assert tuple(COLOURS["pale golden rod"]) == (238, 232, 170)
-
-
 def test_drawing_is_reproducible_and_like_the_real_set():
-    for index in range(12):
+    for index in range(8):
         hint, target, prompt = draw_fill50k(index, 512, seed=3)
         again = draw_fill50k(index, 512, seed=3)
         assert (hint.tobytes(), target.tobytes(), prompt) == (again[0].tobytes(), again[1].tobytes(), again[2])
-        assert hint.size == target.size == (512, 512)
-        assert hint.mode == target.mode == "RGB"
         ring = np.asarray(hint)[..., 0]
         assert set(np.unique(ring)) == {0, 255}
         disc, background = (text.removesuffix(" background") for text in prompt.split(" circle with "))
@@ -49,9 +40,7 @@ def test_drawing_is_reproducible_and_like_the_real_set():
 
 def test_reading_the_real_layout():
     pairs = PairedImages(SAMPLE, 128)
-    assert len(pairs) == 4
-    assert pairs.prompts[3] == "dark turquoise circle with medium spring green background"
-    assert pairs.prompts[0] == "coral circle with blue background"
+    assert len(pairs) == 4 and pairs.prompts[0] == "coral circle with blue background"
     hint, image = pairs.hint(0), pairs.image(0)
     assert hint.shape == image.shape == (3, 128, 128)
     assert hint.min() == 0
@@ -90,8 +79,7 @@ def test_held_out_pairs_are_not_trained_on(tmp_path, monkeypatch, capsys):
     assert torch.equal(held_out.hint(1), training.hint(1))  # the listing repeats after four lines
 
     training, held_out = open_pairs(SAMPLE, 64, seed=0, held_out=3)
-    assert (len(training), len(held_out)) == (4, 3)
-    assert "none is held out" in capsys.readouterr().out
+    assert (len(training), len(held_out)) == (4, 3) and "none is held out" in capsys.readouterr().out
 
 
 ENTRIES = [json.loads(line) for line in (SAMPLE / "prompt.json").read_text().splitlines()]
@@ -105,6 +93,10 @@ def lines(entries, end="\n", encoding="utf-8"):
     return "".join(json.dumps(entry) + end for entry in entries).encode(encoding)
 
 
+def table(entries):
+    return "".join(",".join(row) + "\n" for row in (entries[0], *(entry.values() for entry in entries))).encode()
+
+
 def assert_like_sample(folder):
     ours, expected = PairedImages(folder, 64), PairedImages(SAMPLE, 64)
     assert ours.prompts == expected.prompts
@@ -116,26 +108,19 @@ def assert_like_sample(folder):
     "name, content, third",
     [
         ("metadata.jsonl", lines(renamed("file_name", "conditioning_image", "text")), "line 3"),
-        ("metadata.jsonl", lines(renamed("image", "conditioning_image_file_name", "text")), "line 3"),
         ("metadata.jsonl", lines(renamed("image_file_name", "conditioning_image_file_name", "caption")), "line 3"),
         ("metadata.jsonl", lines(renamed("image", "conditioning_image", "text", lambda p: [p, "disc"])), "line 3"),
-        ("metadata.csv", None, "line 4"),
+        ("metadata.csv", table(renamed("file_name", "conditioning_image", "text")), "line 4"),
         ("prompt.json", json.dumps(ENTRIES).encode(), "entry 3"),
         ("prompt.json", json.dumps({"data": ENTRIES}, indent=2).encode(), "entry 3"),
         ("prompt.json", lines(ENTRIES, "\r\n", "utf-16"), "line 3"),
         ("prompt.json", lines(ENTRIES, "\r\n\r\n", "utf-8-sig"), "line 5"),
-        ("prompt.json", lines(ENTRIES, "\r"), "line 3"),
     ],
 )
 def test_layouts_of_listings(name, content, third, tmp_path):
     shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
     (tmp_path / "prompt.json").unlink()
-    if content:
-        (tmp_path / name).write_bytes(content)
-    else:
-        with open(tmp_path / name, "w", newline="") as file:
-            rows = renamed("file_name", "conditioning_image", "text")
-            csv.DictWriter(file, rows[0]).writerows([{key: key for key in rows[0]}, *rows])
+    (tmp_path / name).write_bytes(content)
     assert_like_sample(tmp_path)
     assert PairedImages(tmp_path, 64).name(2) == f"{tmp_path / name} {third}"
 
@@ -166,17 +151,11 @@ GOOD = '"target": "a.png", "prompt": ""}'
         ("prompt.json", "", "has no entries: add"),
         ("prompt.json", '{"source": "a.png", "target', "line 1: no JSON .* expected"),
         ("prompt.json", '{"source": "a.png", "prompt": ""}', 'line 1: no text under "target"; expected'),
-        ("prompt.json", '{"source": null, ' + GOOD, 'line 1: no text under "source"'),
-        ("prompt.json", "[1, 2]", "2 of 2 entries are broken"),
         ("prompt.json", "[" * 100_000, "begins as a JSON array, but is none: correct it"),
         ("prompt.json", '{"source": "é"}', "damaged or no text .*save it again as UTF-8"),
         ("prompt.json", '{"source": "b.png", ' + GOOD, "b.png: no such file; correct the path"),
-        ("prompt.json", '{"source": "a\\u0000", ' + GOOD, "no such file; correct the path"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": ""}', 'no text under "conditioning_image"; expected'),
-        ("metadata.csv", "file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
-        ("metadata.csv", 'file_name,text\n"' + "x" * 200_000, "damaged or no table"),
         ("prompt.json", '{"source": "../a.png", ' + GOOD, "'../a.png' lies outside the folder"),
-        ("prompt.json", '{"source": "/a.png", ' + GOOD, "'/a.png' lies outside the folder"),
+        ("metadata.csv", "file_name,text\na.png,x\n", 'line 2: no text under "conditioning_image"; expected'),
         ("train/metadata.csv", "", "data has no listing, but .*data/train has one: pass that folder"),
         ("data/train.parquet", "PAR1", "has parquet files: unpack them .*python -c .*load_dataset.'.*/data'"),
         ("a.txt", "", "prompt.json: no such file; .*metadata.jsonl"),
@@ -193,19 +172,13 @@ def test_broken_listings(name, content, told, tmp_path):
 
 def test_links(tmp_path):
     """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk."""
-    for folder in ("files/source", "files/target", "folders"):
-        (tmp_path / folder).mkdir(parents=True)
-    for path in ("source", "target", "prompt.json"):
-        (tmp_path / "folders" / path).symlink_to(SAMPLE / path)
     for path in SAMPLE.rglob("*.*"):
-        (tmp_path / "files" / path.relative_to(SAMPLE)).symlink_to(path)
+        link = tmp_path / "files" / path.relative_to(SAMPLE)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
     (tmp_path / "itself").symlink_to(SAMPLE)
-    for folder in ("files", "folders", "itself"):
+    for folder in ("files", "itself"):
         assert_like_sample(tmp_path / folder)
-    (tmp_path / "files/source/1.png").unlink()
-    (tmp_path / "files/source/1.png").symlink_to("1.png")
-    with pytest.raises(UserError, match="line 2: .*source/1.png: no such file"):
-        PairedImages(tmp_path / "files", 64)
 
 
 @pytest.mark.parametrize("inside", ["fill50k/", "", "../", "/"])

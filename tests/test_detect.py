@@ -1,7 +1,6 @@
 """Hints made from photographs."""
 
 import json
-import sys
 
 import cv2
 import numpy as np
@@ -11,11 +10,8 @@ from PIL import Image
 from standin import SAMPLE, run_main
 
 import sample
-from controlnet import ControlNet
 from data import DrawnImages
-from stable_diffusion import StableDiffusion
 from support.detect import detector, is_inverted
-from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip, save_picture, to_picture
 from weights import save_controlnet
 
@@ -36,13 +32,11 @@ def test_canny_is_that_of_the_authors_demo(photograph):
     for chosen, thresholds in (((), (100, 200)), ((30, 60), (30, 60))):
         hint = detector("canny", *chosen)(photograph)
         expected = torch.from_numpy(cv2.Canny(pixels, *thresholds)).float() / 255
-        assert hint.shape == photograph.shape and hint.dtype == torch.float32
-        assert torch.equal(hint, expected.expand(3, -1, -1))
-        assert 0.005 < hint.mean() < 0.2
+        assert torch.equal(hint, expected.expand(3, -1, -1)) and hint.any()
     assert detector("none")(photograph) is photograph
 
 
-def test_a_scribble_is_strokes_along_the_main_edges(photograph):
+def test_a_scribble_is_strokes_along_the_main_edges():
     """An edge becomes a stroke of 11 pixels, the width of the authors' fake scribbles; noise and specks become none."""
     picture = torch.full((3, 256, 256), 0.2)
     picture[:, :, 128:] = 0.8
@@ -53,21 +47,12 @@ def test_a_scribble_is_strokes_along_the_main_edges(photograph):
     widths, columns = hint[0].sum(1), hint[0].any(0).nonzero().flatten()
     assert (widths[8:-8] >= 10).all() and (widths <= 14).all()
     assert columns.min() >= 118 and columns.max() <= 138
-    busy = detector("scribble")(photograph)
-    assert set(busy.unique().tolist()) == {0, 1} and 0 < busy.mean() < 0.6
 
 
-def test_without_opencv(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match="--detect canny needs OpenCV: pip install opencv-python-headless, or pass"):
-        detector("canny")
-    detector("none")
-
-
-def test_each_hint_has_its_detector(nano, tmp_path, monkeypatch):
+def test_each_hint_has_its_detector(controlnet, nano, tmp_path, monkeypatch):
     """The hint beside the samples is the detected one, and the settings in the file make the picture again."""
     ready, control = SAMPLE / "source" / "1.png", tmp_path / "control.safetensors"
-    save_controlnet(ControlNet.from_unet(StableDiffusion.load(nano).unet, (4, 4, 4, 4)), control)
+    save_controlnet(controlnet, control)
     options = ["--controlnet", control, "--hint", TARGET, "--detect", "canny"]
     options += ["--controlnet", control, "--hint", ready, "--detect", "none", "--canny-low", "50", "--canny-high", "90"]
     options += ["--base", nano, "--steps", "1", "--resolution", "64", "--output", tmp_path / "out.png"]
@@ -80,7 +65,7 @@ def test_each_hint_has_its_detector(nano, tmp_path, monkeypatch):
     assert (settings["detect"], settings["canny_low"], settings["canny_high"]) == (["canny", "none"], 50, 90)
 
 
-def test_a_hint_that_is_dark_on_white(nano, tmp_path, monkeypatch, capsys):
+def test_a_hint_that_is_dark_on_white(controlnet, nano, tmp_path, monkeypatch, capsys):
     """It is named, unless it is turned; what is white inside or at its frame alone is not, nor are colours."""
     hint = fit_image(open_image(SAMPLE / "source" / "0.png"), 64)
     framed, palettes = torch.ones_like(hint), DrawnImages(50, 64, palette=True)
@@ -88,7 +73,7 @@ def test_a_hint_that_is_dark_on_white(nano, tmp_path, monkeypatch, capsys):
     assert is_inverted(1 - hint) and is_inverted(0.9 - 0.9 * hint)
     assert not any(is_inverted(other) for other in (hint, framed, 1 - framed, *map(palettes.hint, range(50))))
     save_picture(to_picture(1 - hint * 2), tmp_path / "dark.png")
-    save_controlnet(ControlNet.from_unet(StableDiffusion.load(nano).unet, (4, 4, 4, 4)), tmp_path / "c.safetensors")
+    save_controlnet(controlnet, tmp_path / "c.safetensors")
     options = ["--base", nano, "--controlnet", tmp_path / "c.safetensors", "--hint", tmp_path / "dark.png", "--steps",
                "1", "--resolution", "64", "--output", tmp_path / "out.png"]  # fmt: skip
     for turned, warnings in (([], 1), (["--invert"], 0)):

@@ -6,10 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from standin import NANO, same_state
+from standin import NANO, refusal, same_state
 
 from stable_diffusion import StableDiffusion
-from support.errors import UserError
 from weights import load_controlnet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,10 +51,8 @@ def test_old_names(copied, nano):
 
 SPOILED = [  # a file, a setting that replaces its own, what the line must say beside the setting's name and value
     ("unet/config.json", {"use_linear_projection": True}, "takes False alone"),
-    ("unet/config.json", {"act_fn": None}, "takes 'silu' alone"),
     ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, "num_heads is [5, 10, 20, 20], but must be a whole"),
     ("unet/config.json", {"norm_num_groups": 5}, "norm_groups is 5, but must be a whole number that divides 8, 8"),
-    ("vae/config.json", {"norm_num_groups": 5}, "norm_groups is 5, but"),
     ("vae/config.json", {"shift_factor": 0.1}, "takes None alone"),
     ("vae/config.json", {"scaling_factor": "nan"}, "the scale of latents is 'nan': correct it"),
     ("text_encoder/config.json", {"num_attention_heads": 5}, "num_heads is 5, but"),
@@ -67,33 +64,24 @@ SPOILED = [  # a file, a setting that replaces its own, what the line must say b
 @pytest.mark.parametrize("file, setting, fragment", SPOILED)
 def test_settings_that_are_not_stable_diffusion_1(file, setting, fragment, copied):
     change(copied / file, **setting)
-    with pytest.raises(UserError) as raised:
-        StableDiffusion.load(copied)
-    ((name, value),) = setting.items()
-    assert fragment in str(raised.value) and "\n" not in str(raised.value)
-    assert (f"{name} is {value!r}, " if "alone" in fragment else "") in str(raised.value)
-    assert str(raised.value).startswith(str(copied / file.split("/")[0]))
+    told, ((name, value),) = refusal(StableDiffusion.load, copied), setting.items()
+    assert fragment in told and (f"{name} is {value!r}, " if "alone" in fragment else "") in told
+    assert told.startswith(str(copied / file.split("/")[0]))
 
 
-def test_a_scheduler_that_does_not_say(copied):
-    """Then it is diffusers' default, which is not Stable Diffusion's."""
-    change(copied / "scheduler" / "scheduler_config.json", without=["beta_schedule"])
-    with pytest.raises(UserError, match="beta_schedule is 'linear'"):
-        StableDiffusion.load(copied)
-
-
-def test_settings_that_are_missing_unknown_or_in_other_words(copied, nano, capsys):
+def test_settings_that_are_missing_unknown_or_in_other_words(copied, unet, capsys):
     change(copied / "unet" / "config.json", some_new_option=3, another="x", off=False, _name="x", act_fn="silu",
            num_attention_heads=1, attention_head_dim=5)  # fmt: skip
     change(copied / "text_encoder" / "config.json", without=["num_attention_heads"])
     sd = StableDiffusion.load(copied)
-    assert sd.unet.config == StableDiffusion.load(nano).unet.config
+    assert sd.unet.config == unet.config
     assert sd.text_encoder.config.num_heads == 8  # transformers' default; Stable Diffusion 1.5 has 12
     unknown = f"{copied / 'unet' / 'config.json'}: not known here, so ignored: some_new_option, another\n"
     assert capsys.readouterr().err == f"warning: {unknown}"
     (copied / "unet" / "config.json").unlink()
-    with pytest.raises(UserError, match="norm_groups is 32, but must"):  # Stable Diffusion 1.5's
-        StableDiffusion.load(copied)
+    assert "norm_groups is 32, but must" in refusal(StableDiffusion.load, copied)  # Stable Diffusion 1.5's
+    change(copied / "scheduler" / "scheduler_config.json", without=["beta_schedule"])  # then it is diffusers' default
+    assert "beta_schedule is 'linear'" in refusal(StableDiffusion.load, copied)
 
 
 def test_the_tokenizer_of_transformers_5(copied):
@@ -102,20 +90,14 @@ def test_the_tokenizer_of_transformers_5(copied):
     for pairs in (merges, [line.split() for line in merges]):
         (copied / "tokenizer" / "tokenizer.json").write_text(json.dumps({"model": {"merges": pairs}}))
         assert len(StableDiffusion.load(copied).tokenizer.ids) == NANO[2].vocab_size
-    for content in ({"model": 3}, {"model": {"merges": 3}}, {"model": {"merges": [["a", "b", "c"], [1, 2]]}}):
+    for content in ({"model": 3}, {"model": {"merges": [["a", "b", "c"], [1, 2]]}}):
         (copied / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match="tokenizer.json"):
-            StableDiffusion.load(copied)
+        assert "tokenizer.json" in refusal(StableDiffusion.load, copied)
 
 
-def test_parts_that_are_missing(copied):
-    with pytest.raises(UserError, match="has no unet/ in it"):
-        StableDiffusion.load(copied / "unet")
-    with pytest.raises(UserError, match="is a base model's folder: pass it as the base"):
-        load_controlnet(copied, StableDiffusion.load(copied).unet)
+def test_parts_that_are_missing(copied, unet):
+    assert "has no unet/ in it" in refusal(StableDiffusion.load, copied / "unet")
+    assert "is a base model's folder: pass it as the base" in refusal(load_controlnet, copied, unet)
     (copied / "vae" / WEIGHTS).rename(copied / "vae" / "other.safetensors")
-    with pytest.raises(UserError, match=f"no {WEIGHTS} in this folder; pass .*: other.safetensors"):
-        StableDiffusion.load(copied)
-    shutil.rmtree(copied / "vae")
-    with pytest.raises(UserError, match="has no vae/ in it"):
-        StableDiffusion.load(copied)
+    told = refusal(StableDiffusion.load, copied)
+    assert f"no {WEIGHTS} in this folder; pass " in told and told.endswith(": other.safetensors")

@@ -25,16 +25,13 @@ def test_one_noise_predictor_leads_back():
 
 
 def test_eta_draws_from_its_generator():
-    def sample(eta, seed, dtype=torch.float32):
-        z_T = torch.ones(1, 4, 8, 8, dtype=dtype)
+    def sample(eta, seed):
+        z_T = torch.ones(1, 4, 8, 8)
         return ddim(lambda z, t: 0.1 * z, z_T, NoiseSchedule(), 5, eta, torch.Generator().manual_seed(seed))
 
     assert torch.equal(sample(0.0, 1), sample(0.0, 2))
     assert torch.equal(sample(1.0, 1), sample(1.0, 1))
     assert not torch.equal(sample(1.0, 1), sample(1.0, 2))
-    # The same numbers: five steps of less than ten roundings.
-    exact = sample(1.0, 1, torch.float64)
-    assert (sample(1.0, 1) - exact).abs().max() < 5 * 10 * 2**-24 * exact.abs().max()
     with pytest.raises(ValueError, match="eta is from 0 to 1, not 1.5"):
         sample(1.5, 1)
 

@@ -25,26 +25,21 @@ def launch(quick, tmp_path):
 
 def test_two_processes_equal_one(quick, launch, tmp_path, monkeypatch):
     """The same global batch gives the same weights up to rounding: sums in another order. And resuming works."""
-    options = ["--gradient-accumulation-steps", "2", "--learning-rate", "1e-4", "--validation-steps", "2"]
+    options = ["--gradient-accumulation-steps", "2", "--learning-rate", "1e-4"]
     one = ["--train-batch-size", "4", "--max-train-steps", "4", "--output-dir", tmp_path / "one"]
     run_main(monkeypatch, train, *quick, *options, *one)
     options += ["--train-batch-size", "2", "--max-train-steps"]
-    for done in (
-        launch("two", *options, "4"),
-        launch("parts", *options, "2"),
-        launch("parts", *options, "4", "--resume-from-checkpoint", "latest"),
-    ):
+    for last, resume in (("2", []), ("4", ["--resume-from-checkpoint", "latest"])):
+        done = launch("two", *options, last, *resume)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two, parts = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("one", "two", "parts"))
-    assert all(torch.equal(two[name], parts[name]) for name in two)
+    one, two = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("one", "two"))
     # Adam divides by the gradient's size, so that in four steps of 1e-4 a sign lost to rounding moves at most 8e-4.
     largest = max((one[name] - two[name]).abs().max().item() for name in one)
     typical = torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean().item()
     assert largest <= 8e-4 and typical < 1e-6
-    logs = [read_run(tmp_path / name) for name in ("one", "two", "parts")]
+    logs = [read_run(tmp_path / name) for name in ("one", "two")]
     assert [entry["step"] for entry in logs[1]] == [1, 2, 3, 4]  # one process writes it
     assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-4)
-    assert logs[1] == logs[2]
 
 
 # train.py, but the loss of the third batch is no number, and the process that writes takes its time.
@@ -60,7 +55,7 @@ def broken(*arguments):
     return losses[-1] * float("nan") if len(losses) == 3 else losses[-1]
 
 def slowly(*arguments):
-    time.sleep(3)
+    time.sleep(1)
     save_file(*arguments)
 
 train.F.mse_loss, support.files.save_file = broken, slowly

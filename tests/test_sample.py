@@ -10,7 +10,7 @@ from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule
 from sample import CONTROL_MODES, generate
 from stable_diffusion import StableDiffusion
-from support.devices import PRECISIONS, sampling_precision
+from support.devices import PRECISIONS, fast_precision, sampling_precision
 from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip
 from weights import save_controlnet
@@ -82,12 +82,12 @@ def test_one_step_by_the_formula(tiny, controlnet, hint, mode):
     assert (got - tiny.decode_latents(z0)).abs().max() < 1e-4  # float32: the two sides as one batch or apart
 
 
-@pytest.mark.parametrize("mode", CONTROL_MODES)
-def test_the_four_words_of_the_command_line(mode, controlnet, tmp_path, monkeypatch):
+def test_the_words_of_the_command_line(nano, tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(sample, "generate", lambda *_, **options: asked.update(options) or torch.zeros(1, 3, 64, 64))
-    run_main(monkeypatch, sample, "--control-mode", mode, "--output", tmp_path / "out.png")
-    assert asked["control_mode"] == mode
+    for mode in CONTROL_MODES:
+        run_main(monkeypatch, sample, "--base", nano, "--control-mode", mode, "--output", tmp_path / "out.png")
+        assert asked["control_mode"] == mode
 
 
 def test_hints_that_are_not_one_for_each_prompt_are_refused(tiny, controlnet, hint):
@@ -118,15 +118,11 @@ def test_command_line(tiny, controlnet, tmp_path, monkeypatch, capsys):
     settings = json.loads(second.text["settings"])
     assert (settings["seed"], settings["num_samples"], settings["sampling_steps"]) == (4, 1, 2)
     # Made again from what the picture says.
-    run_main(
-        monkeypatch, sample, "--base", settings["base"], "--controlnet", settings["controlnet"][0], "--hint",
-        settings["hint"][0], "--prompt", settings["prompt"], "--steps", settings["sampling_steps"],
-        "--guidance-scale", settings["guidance_scale"], "--strength", settings["strength"][0],
-        "--control-mode", settings["control_mode"], "--resolution", settings["resolution"],
-        "--control-start", settings["control_start"], "--control-end", settings["control_end"],
-        "--precision", settings["precision"],
-        "--seed", settings["seed"], "--output", tmp_path / "again.png",
-    )  # fmt: skip
+    names = ("base", "prompt", "guidance_scale", "control_mode", "resolution", "precision", "seed")
+    made_with = {name: settings[name] for name in names} | {"steps": settings["sampling_steps"]}
+    made_with |= {name: settings[name][0] for name in ("controlnet", "hint", "strength")}
+    options = [word for name, value in made_with.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run_main(monkeypatch, sample, *options, "--output", tmp_path / "again.png")
     again = torch.frombuffer(bytearray(Image.open(tmp_path / "again-0.png").tobytes()), dtype=torch.uint8)
     before = torch.frombuffer(bytearray(second.tobytes()), dtype=torch.uint8)
     assert (again.int() - before.int()).abs().max() <= 1  # another batch size: float32 rounding
@@ -160,8 +156,7 @@ def test_many_images_are_sampled_in_parts(tiny, controlnet, hint, monkeypatch):
     assert (images[10] - last[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(precision, tmp_path, monkeypatch):
+def test_half_precision(tmp_path, monkeypatch):
     """UNet and ControlNet compute in it; the VAE, whose numbers can be too large for fp16, and the text do not."""
     used, real = {}, generate
 
@@ -172,32 +167,30 @@ def test_half_precision(precision, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample, "generate", spy)
     options = ["--controlnet", SHIPPED, "--hint", HINT, "--steps", "2", "--resolution", "64", "--prompt", "red circle"]
-    for word in (precision, "fp32"):
+    for word in ("bf16", "fp16", "fp32"):
         run_main(monkeypatch, sample, *options, "--precision", word, "--output", tmp_path / f"{word}.png")
         dtype = PRECISIONS[word]
         assert used == {"unet": {dtype}, "controlnet": {dtype}, "vae": {torch.float32}, "text": {torch.float32}}
-    half, full = (read_strip(tmp_path / f"{word}-0.png", 1) for word in (precision, "fp32"))
-    assert 0 < (half - full).abs().mean() < 0.05  # of a range of 2
+    bf16, fp16, full = (read_strip(tmp_path / f"{word}-0.png", 1) for word in ("bf16", "fp16", "fp32"))
+    for half in (bf16, fp16):
+        assert 0 < (half - full).abs().mean() < 0.05  # of a range of 2
 
 
-def test_auto_is_half_on_a_gpu_alone(monkeypatch):
+def test_auto_takes_what_the_device_is_fast_in(monkeypatch):
+    """In training, and in sampling on a GPU alone."""
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     for bf16, half in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
-        assert sampling_precision("auto", torch.device("cuda", 0)) == half
-        assert sampling_precision("fp32", torch.device("cuda", 0)) == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert sampling_precision("auto", torch.device("cpu")) == "fp32"
-    assert sampling_precision("bf16", torch.device("cpu")) == "bf16"
+        assert fast_precision(cuda) == sampling_precision("auto", cuda) == half
+    for instructions, word in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda instructions=instructions: instructions)
+        assert (fast_precision(cpu), sampling_precision("auto", cpu)) == (word, "fp32")
+    assert sampling_precision("bf16", cpu) == "bf16" and fast_precision(torch.device("meta")) == "no"
 
 
-def test_base_alone(tmp_path, monkeypatch):
-    run_main(monkeypatch, sample, "--steps", "1", "--resolution", "64", "--output", tmp_path / "out.png")
-    assert Image.open(tmp_path / "out.png").size == (64, 64)
-
-
-def test_long_prompt_is_cut_with_a_warning(tmp_path, monkeypatch, capsys):
+def test_the_base_alone_and_a_long_prompt(nano, tmp_path, monkeypatch, capsys):
     prompt = "red circle " * 36 + "with blue background and more"
-    run_main(
-        monkeypatch, sample, "--steps", "1", "--resolution", "64", "--prompt", prompt, "--output", tmp_path / "out.png"
-    )
+    options = ["--base", nano, "--steps", "1", "--resolution", "64", "--prompt", prompt]
+    run_main(monkeypatch, sample, *options, "--output", tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (64, 64)
     assert "cut from: and more\n" in capsys.readouterr().err
