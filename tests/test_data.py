@@ -181,6 +181,22 @@ def test_links(tmp_path):
         assert_like_sample(tmp_path / folder)
 
 
+def test_links_are_followed(tmp_path):
+    """To pictures, and to whole folders; one that leads nowhere but to itself is named."""
+    for folder in ("files/source", "files/target", "folders"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in ("source", "target", "prompt.json"):
+        (tmp_path / "folders" / path).symlink_to(SAMPLE / path)
+    for path in SAMPLE.rglob("*.*"):
+        (tmp_path / "files" / path.relative_to(SAMPLE)).symlink_to(path)
+    for folder in ("files", "folders"):
+        assert_like_sample(tmp_path / folder)
+    (tmp_path / "files/source/1.png").unlink()
+    (tmp_path / "files/source/1.png").symlink_to("1.png")
+    with pytest.raises(UserError, match="line 2: .*source/1.png: no such file"):
+        PairedImages(tmp_path / "files", 64)
+
+
 @pytest.mark.parametrize("inside", ["fill50k/", "", "../", "/"])
 def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
     """Whatever the names in the archive: nothing is written outside the folder."""

@@ -25,6 +25,7 @@ from diffusion import NoiseSchedule
 from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors
+from support.pictures import MARGIN
 from support.randomness import generator_for, index_batches
 from unet import UNet
 from weights import load_controlnet, load_decoders, official_state_dict
@@ -70,7 +71,7 @@ def test_what_is_measured(trained, monkeypatch, capsys):
     assert not first[0]["control_model.middle_block_out.0.weight"].any() and last[1]["steps"] == "10"
     assert all(torch.equal(tensor, final[name].half()) for name, tensor in last[0].items())
     assert {path.name for path in (folder / "previews").iterdir()} == {"hint.png", "step-0.png", "step-10.png"}
-    assert Image.open(folder / "previews" / "step-10.png").size == (60 + 8 * 64, 4 * 64 + 64)
+    assert Image.open(folder / "previews" / "step-10.png").size == (MARGIN + 8 * 64, 4 * 64 + 76)
     assert Image.open(folder / "convergence.png").height > 500
     output = capsys.readouterr().out
     assert "step 5: the hint sensitivity is growing: " in output and "step 10: the jump: " in output
