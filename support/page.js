@@ -139,7 +139,7 @@ function goTo(step) {
 }
 
 function showTraining() {
-  const painted = inOrder([...pictures.values()]), most = Math.max(0.05, ...painted.map((one) => one.distance));
+  const painted = inOrder([...pictures.values()]), most = Math.max(0.2, ...painted.map((one) => one.distance));
   const after = painted.findIndex((one) => one.distance > painted.at(-1).distance / 2);
   const jump = after > 0 && painted.at(-1).distance > 0.05 && [painted[after - 1].step, painted[after].step];
   verdict = jump
