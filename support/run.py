@@ -114,6 +114,9 @@ class Run:
             except Timeout:
                 told = f"{self.folder} is in use by another run: wait for it, or choose another --output-dir"
                 raise UserError(told) from None
+        for part in (".", "cache", "checkpoints", "previews", "snapshots"):  # before other processes write there
+            for path in (self.folder / part).glob(f"{PARTIAL}*"):  # what a killed one left
+                remove(path)
 
     def say(self, *lines: str) -> None:
         for line in lines if self.writes else ():
@@ -140,8 +143,6 @@ class Run:
                 if before != now:
                     self.say(f"--{name} was {before or None}, is {now or None}: what counts is that it holds the same")
         if self.writes:
-            for path in list(self.folder.rglob(f"{PARTIAL}*")):  # what a killed process left
-                remove(path)
             # Without a checkpoint, what is there is of a run that died before its first one.
             checkpoints.forget_later(self.folder, self.step if self.checkpoint else -1)
         return args
