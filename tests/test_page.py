@@ -175,6 +175,7 @@ def test_pictures_that_are_sent(page, tmp_path):
 
 def test_everything_has_its_place_and_its_name(page):
     """Nothing is wider than the window, no two parts overlap, each control has a name; the arrows move between tabs."""
+    painted(page)
     page.get_by_label("All 139 colours").check()
     for width, scheme in ((1366, "light"), (390, "dark")):
         page.set_viewport_size({"width": width, "height": 900})
