@@ -14,7 +14,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -112,12 +111,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file, replacing what stood at `path` only when it is complete."""
     with writing(path), replacing(Path(path)) as temporary:
         write(temporary)
-
-
-def locked(path: Path, timeout: float = -1) -> FileLock:
-    """`with` it this process holds a lock file, which the operating system frees however it ends. Raises Timeout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path, timeout)
 
 
 def make_folder(path: Path) -> None:

@@ -8,8 +8,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from support.errors import UserError, reading, writing
-from support.files import WEIGHT_FILES, locked
+from support.files import WEIGHT_FILES
 
 
 @contextlib.contextmanager
@@ -64,7 +66,7 @@ def locate(source: str | Path, files: list[str], advice: str) -> Path:
 def fetch_folder(repo: str, file: str, folder: Path, contains: str, advice: str) -> Path:
     """A zip file of a Hugging Face repository, unpacked once into `folder`: the part of it that `contains` a file."""
     lock = folder.absolute().with_name(f".{folder.name}.lock")  # of several processes one fetches it
-    with locked(lock), tempfile.TemporaryDirectory(dir=lock.parent) as temporary:
+    with FileLock(lock), tempfile.TemporaryDirectory(dir=lock.parent) as temporary:
         if (folder / contains).is_file():
             return folder
         archive, remedy = fetch(repo, file, advice), "delete it, so that it is fetched again"

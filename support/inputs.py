@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
@@ -12,7 +13,7 @@ from support.batches import EncodedPairs
 from support.detect import warn_if_inverted
 from support.devices import usable_cpus
 from support.errors import UserError, warn_if_cut
-from support.files import locked, read_json, save_json
+from support.files import read_json, save_json
 from support.listing import refuse_broken
 from support.run import Run
 
@@ -55,7 +56,7 @@ def look_at(pairs: list[tuple], record: Path) -> list[str]:
     Their files are opened, but for those that `record` knows from another time, by path, size and date. Of several
     processes one looks, the others then find the record.
     """
-    with locked(record.with_suffix(".lock")):
+    with FileLock(record.with_suffix(".lock")):
         known = read_json(record, "delete it") if record.exists() else {}
         stamps = [stamp(*some.files(i)) for some, i in pairs]
         new = {stamp: pair for stamp, pair in zip(stamps, pairs) if stamp and stamp not in known}

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from support import checkpoints, options
 from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
-from support.files import PARTIAL, flush, locked, remove, save_json
+from support.files import PARTIAL, flush, remove, save_json
 from support.log import append_entry, read_log, write_log
 
 WHAT_A_RUN_LEAVES = (CONFIG, "log.jsonl", "checkpoints", "controlnet.safetensors")
@@ -110,7 +110,7 @@ class Run:
         """Make the folder this process's own until the run ends, however it ends."""
         with writing(self.folder, "another --output-dir"):
             try:
-                self.exits.enter_context(locked(self.folder / "lock", timeout=0))
+                self.exits.enter_context(FileLock(self.folder / "lock", timeout=0))
             except Timeout:
                 told = f"{self.folder} is in use by another run: wait for it, or choose another --output-dir"
                 raise UserError(told) from None
@@ -142,21 +142,21 @@ class Run:
                 before, now = saved.get(name, self.config[name]), self.config[name]
                 if before != now:
                     self.say(f"--{name} was {before or None}, is {now or None}: what counts is that it holds the same")
-        if self.writes:
-            # Without a checkpoint, what is there is of a run that died before its first one.
-            checkpoints.forget_later(self.folder, self.step if self.checkpoint else -1)
+        if self.writes and not self.checkpoint:  # what is there is of a run that died before its first one
+            checkpoints.forget_later(self.folder, -1)
         return args
 
     def resume(
         self, trained: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> None:
-        """Load the checkpoint, if there is one, and trim the log to it."""
+        """Load the checkpoint, if there is one, drop what came after it, and trim the log to it."""
         self.state = {f"trained.{name}": module for name, module in trained.items()}, optimizer, scaler
         if self.checkpoint:
             checkpoints.load_checkpoint(self.checkpoint, *self.state)
         optimizer.register_step_pre_hook(self.step_begins)
         optimizer.register_step_post_hook(self.step_is_done)
         if self.writes:
+            checkpoints.forget_later(self.folder, self.step)
             save_json(self.config, self.folder / CONFIG)
             self.history = [entry for entry in read_log(self.folder / "log.jsonl") if entry["step"] <= self.step]
             write_log(self.folder / "log.jsonl", self.history)
