@@ -35,7 +35,7 @@ from weights import official_state_dict
 
 PLANS = {
     "vae": Plan(4000, 16, 1e-3),
-    "forgive": Plan(1300, 16, 1e-3, constant=0.4, seed=1_000_000),
+    "forgive": Plan(1600, 16, 1e-3, constant=0.4, seed=1_000_000),
     "text": Plan(600, 128, 1e-3),
     # Stable Diffusion locks CLIP, but this text encoder was trained for a minute.
     "unet": Plan(7000, 32, 1e-3, learning=("unet", "text_encoder"), weights=((1, 25), (1, 8))),

@@ -80,7 +80,8 @@ def forgive(folder: Path, plan: Plan) -> None:
             images = torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(images, places)])
         noise = MOST_NOISE * torch.rand(count, 1, 1, 1, generator=generator)
         contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(1).clamp(min=0.1)
-        return reconstruction_loss(vae, images, generator, noise, (0.7 / contrast).clamp(0.5, 2.5))
+        with torch.autocast("cpu", torch.bfloat16, enabled=not large):
+            return reconstruction_loss(vae, images, generator, noise, (0.7 / contrast).clamp(0.5, 2.5))
 
     fit("forgive", folder, vae, loss_fn, watch("forgive", folder), plan)
 
