@@ -1,6 +1,6 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, forgive, text, unet, polish, measure) and writes models/tiny;
+`python -m tools.pretrain` runs all stages (merges, vae, forgive, text, unet, polish, decoder, measure) and writes models/tiny;
 with a stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to make another
 base.
 """
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols, join_pair
 from data import COLOURS, SHAPES
-from diffusion import NoiseSchedule
+from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
 from formats.networks import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
@@ -28,7 +28,7 @@ from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
-from tools.pretrain_vae import forgive, reconstruct, train_vae
+from tools.pretrain_vae import contrast_weights, forgive, picture_loss, reconstruct, train_vae
 from tools.shapes import judge, outline_error
 from vae import AutoencoderKL, sample_latent
 from weights import official_state_dict
@@ -42,9 +42,11 @@ PLANS = {
     # For rounder circles and straighter edges: from the full learning rate down to 0, again and again.
     "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
     "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
-    "polish-3": Plan(30_000, 16, 5e-4, constant=0, seed=500_000, weights=((0.25, 5),)),
+    "polish-3": Plan(10_000, 32, 8e-4, constant=0, seed=500_000, weights=((0.25, 5),)),
+    "decoder": Plan(600, 8, 3e-4, constant=0.3, seed=2_000_000),
 }
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
+DECODER_STEPS = 6  # of DDIM at most, before the decoder that learns from them
 LATENTS = 20_000  # scenes that the UNet is trained on
 
 
@@ -199,6 +201,46 @@ def learn_to_paint(
         setattr(sd, part, trained)
 
 
+def adapt_decoder(folder: Path, plan: Plan) -> None:
+    """Train the VAE's decoder alone on latents as this UNet leaves them, with the true picture as the target.
+
+    Scenes are noised to one of DDIM's smaller times, where their place is settled, and denoised from there. UNet,
+    encoder and so every ControlNet stay as they are: Stability trained its ft-MSE decoder for Stable Diffusion so, on
+    latents as the encoder leaves them.
+    """
+    sd = StableDiffusion.load("tiny").to(memory_format=torch.channels_last).requires_grad_(False)
+    decoder, full = nn.ModuleList([sd.vae.from_latent, sd.vae.decoder]).requires_grad_(True), NoiseSchedule()
+    every = full.steps // TINY.sampling_steps
+
+    @torch.no_grad()
+    def leave(images, captions, generator):
+        z_0 = sd.encode_images(images.contiguous(memory_format=torch.channels_last), generator)
+        steps = torch.randint(1, DECODER_STEPS + 1, (), generator=generator).item()
+        scale = 1 + TINY.guidance_scale * torch.rand((), generator=generator).item()
+        rest = NoiseSchedule()  # its first times: DDIM's last steps
+        rest.steps, rest.alphas_cumprod = every * steps, full.alphas_cumprod[: every * steps]
+        contexts = [sd.encode_prompts([""]).expand(len(images), -1, -1), sd.encode_prompts(captions)]
+
+        def eps_fn(z, t):
+            return guided_noise(*sd.unet(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat(contexts)).chunk(2), scale)
+
+        t = ddim_timesteps(rest, steps)[-1].expand(len(images))
+        return ddim(eps_fn, full.add_noise(z_0, torch.randn(z_0.shape, generator=generator), t), rest, steps)
+
+    def loss_fn(step, generator):
+        first = plan.seed + plan.batch * step
+        images, captions = draw_batch(TRAIN, range(first, first + plan.batch), TINY.resolution)
+        z_0 = leave(images, captions, generator)
+        return picture_loss(sd.vae.decode(z_0 / sd.latent_scale) - images, contrast_weights(images))
+
+    def show(average, step):
+        pass  # `measure` does
+
+    from_latent, trained = fit("decoder", folder, decoder, loss_fn, show, plan)
+    sd.vae.from_latent, sd.vae.decoder = from_latent, trained
+    pack(sd, TINY_FILE, TINY_FILE.parent)
+
+
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
     """Write a miniature as it ships: in half precision, under official names, its sizes in the metadata."""
     tensors = {k: v.half() for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
@@ -231,7 +273,7 @@ def measure(folder: Path) -> None:
 def main() -> None:
     stages = {
         "merges": learn_merges, "vae": train_vae, "forgive": forgive, "text": train_text, "unet": train_unet,
-        "polish": polish, "measure": measure,
+        "polish": polish, "decoder": adapt_decoder, "measure": measure,
     }  # fmt: skip
     parser = ArgumentParser(prog="python -m tools.pretrain", description="Make the miniature from nothing.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all")

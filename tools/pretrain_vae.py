@@ -79,9 +79,8 @@ def forgive(folder: Path, plan: Plan) -> None:
             places = torch.randint(65, (count, 2), generator=generator).tolist()
             images = torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(images, places)])
         noise = MOST_NOISE * torch.rand(count, 1, 1, 1, generator=generator)
-        contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(1).clamp(min=0.1)
         with torch.autocast("cpu", torch.bfloat16, enabled=not large):
-            return reconstruction_loss(vae, images, generator, noise, (0.7 / contrast).clamp(0.5, 2.5))
+            return reconstruction_loss(vae, images, generator, noise, contrast_weights(images))
 
     fit("forgive", folder, vae, loss_fn, watch("forgive", folder), plan)
 
@@ -95,12 +94,26 @@ def reconstruction_loss(
     moments = vae.encode(images).float()
     mean, log_variance = moments[:, :4], moments[:, 4:].clamp(-30, 20)
     deviation = (log_variance.exp() + (noise * mean.detach().std()) ** 2).sqrt()
-    error = vae.decode(mean + deviation * torch.randn(mean.shape, generator=generator)).float() - images
+    decoded = vae.decode(mean + deviation * torch.randn(mean.shape, generator=generator))
+    loss, values = picture_loss(decoded.float() - images, weights, edge_weight)
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / images.numel()
+    return loss + KL_WEIGHT * kl, values | {"kl": kl.detach()}
+
+
+def picture_loss(
+    error: Tensor, weights: Tensor | float, edge_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the difference [B, 3, H, W] between decoded and true pictures: in pixels and across edges."""
     pixels, squares = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
     edges = error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3))
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / images.numel()
-    loss = (weights * (pixels + 0.5 * squares + edge_weight * edges)).mean() + KL_WEIGHT * kl
-    return loss, {"pixels": pixels.detach().mean(), "edges": edges.detach().mean(), "kl": kl.detach()}
+    loss = (weights * (pixels + 0.5 * squares + edge_weight * edges)).mean()
+    return loss, {"pixels": pixels.detach().mean(), "edges": edges.detach().mean()}
+
+
+def contrast_weights(images: Tensor) -> Tensor:
+    """[B]: the lower a picture's contrast, the more it weighs."""
+    contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(1).clamp(min=0.1)
+    return (0.7 / contrast).clamp(0.5, 2.5)
 
 
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
