@@ -10,7 +10,7 @@ from pictures import COLUMNS, animate, draw_sheet
 from torch import Tensor
 
 from controlnet import ControlNet
-from convergence import FOLLOWED, jump_step, measure, plot_convergence
+from convergence import FOLLOWED, HeldOut, jump_step, measure, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, Pairs
 from metrics import circle_iou, colour_error
 from sample import generate
@@ -113,7 +113,6 @@ def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
     return found
 
 
-@torch.no_grad()
 def judge(arm: Arm) -> dict:
     """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
@@ -121,10 +120,18 @@ def judge(arm: Arm) -> dict:
     return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
 
 
+def residual_maps(seed: int, step: int) -> dict:
+    """Held-out pair 2, t = 600: root mean squares over channels of the 13 residuals, and of the hint's part of them."""
+    held, controlnet = HeldOut(base(), drawn(*HELD_OUT)[0], seed, RUNS, previews=False), load_arm("seed", seed, step)
+    own, black = (controlnet(held.z, hint, held.t, held.context) for hint in (held.own, 0 * held.own))
+    maps = [torch.stack([a, a - b])[:, 2].double().square().mean(dim=1).sqrt() for a, b in zip(own, black)]
+    return {"seed": seed, "step": step, "maps": [two.round(decimals=4).tolist() for two in maps]}  # 13 of [2, h, w]
+
+
 def score_seeds(seeds: int, steps: int) -> list[dict]:
     """Samples at every step around each jump and at every tenth elsewhere; at the end of hints never looked at before.
 
-    docs/jump.webp, jump.png and convergence.png are of the seed whose jump is the median.
+    docs/jump.webp, jump.png, convergence.png and logs/residuals.jsonl are of the seed whose jump is the median.
     """
     rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
     for seed in range(seeds):
@@ -135,7 +142,8 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
         row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
         rows.append(row | {"fresh": scores_of(images, hints, fresh.prompts)})
         rows += [judge(("seed", seed, step)) for step in (jump // 2, jump, steps)]
-    seed = sorted(around, key=lambda seed: around[seed].start)[seeds // 2]
+    jump, seed = sorted((row["jump"], row["seed"]) for row in rows if "jump" in row)[seeds // 2]
+    write_log(LOGS / "residuals.jsonl", [residual_maps(seed, step) for step in (jump // 2, jump, steps)])
     log, (pairs, hints) = read_log(LOGS / f"seed-{seed}.jsonl"), drawn(*HELD_OUT)
     samples = {step: score(("seed", seed, step))[1] for step in (0, *around[seed])}
     ends = hints[:COLUMNS] * 2 - 1, torch.stack([pairs.image(i) for i in range(COLUMNS)])

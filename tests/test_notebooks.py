@@ -153,6 +153,8 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     assert followed == [(i, 6) for i in range(6, 13)]
     rows = [json.loads(line) for line in (scores.LOGS / "scores-seeds.jsonl").read_text().splitlines()]
     assert len(rows[0]["fresh"]["iou"]) == 2 and [len(row["loss"]["own"]) for row in rows[1:]] == [8, 8, 8]
+    maps = [row["maps"] for row in read_log(scores.LOGS / "residuals.jsonl")]
+    assert [[len(hints_part) for _, hints_part in row] for row in maps] == 3 * [[8] * 3 + [4] * 3 + [2] * 3 + [1] * 4]
     with Image.open(scores.DOCS / "jump.webp") as animation, Image.open(scores.DOCS / "jump.png") as sheet:
         assert (animation.n_frames, animation.info["loop"], sheet.width) == (8, 0, 840)
 
