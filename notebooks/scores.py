@@ -160,10 +160,10 @@ def score_failures(arms: list[Arm]) -> list[dict]:
     logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
     plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
     rows, samples = zip(*(score(arm, "none") for arm in arms))
-    sheet = {f"hint {i}": row for i, row in enumerate(zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples), 1)}
-    draw_sheet(sheet, DOCS / "failures.png", ["hint", *(name.replace("-", "\n") for name in logs)])
+    draw_sheet(dict(enumerate(zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples), 1)), DOCS / "failures.png", ["hint", *logs])
     judged = [judge(arm) for arm in arms]
-    print(*(f"| {name} | {row['summary']} | {row['verdict']} |" for name, row in zip(logs, judged)), sep="\n")
+    for name, row in zip(logs, judged):
+        print(f"| {name} | {row['summary'].partition(', ')[2]} | {row['verdict']} |")
     return [*rows, *judged]
 
 
