@@ -167,10 +167,9 @@ def score(group: str, arms: list[scores.Arm]) -> list[dict]:
         case "seeds":
             return scores.score_seeds(len(arms), STEPS)
         case "ablation":
-            return scores.score_arms(group, seed + arms, [*scores.PROMPTS])
+            return scores.score_ablation(seed + arms)
         case "failures":
-            arms = [seed[0], *arms]
-            return scores.score_arms(group, arms, ["none"]) + [scores.judge(arm) for arm in arms]
+            return scores.score_failures([seed[0], *arms])
         case "palette":
             return scores.score_palette()
         case "fill50k":

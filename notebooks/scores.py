@@ -18,7 +18,8 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.verdict import verdict
+from support.plot import plot_side_by_side
+from support.verdict import summary, verdict
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
@@ -116,8 +117,8 @@ def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
 def judge(arm: Arm) -> dict:
     """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
-    losses = {hint: rounded(loss.mean(dim=0)) for hint, loss in heard.loss.items()}
-    return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
+    said = dict(zip(("run", "seed", "step", "summary", "verdict"), (*arm, summary(heard), verdict(heard))))
+    return said | {"loss": {hint: rounded(loss.mean(dim=0)) for hint, loss in heard.loss.items()}}
 
 
 def residual_maps(seed: int, step: int) -> dict:
@@ -154,16 +155,24 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
     return rows
 
 
-def score_arms(group: str, arms: list[Arm], prompts: list[str]) -> list[dict]:
-    """Arms under kinds of prompt. docs/GROUP.png has those of seed 0: one hint under several kinds, or many hints."""
-    scored = {arm: [score(arm, prompt) for prompt in prompts] for arm in arms}
-    several = len(prompts) > 1
-    sheet = {} if several else {"hint": drawn(*HELD_OUT)[1][:COLUMNS] * 2 - 1}
-    for (name, seed, _), kinds in scored.items():
-        if seed == 0:
-            sheet[name] = [samples[0] for _, samples in kinds] if several else kinds[0][1]
-    draw_sheet(sheet, DOCS / f"{group}.png", prompts if several else ())
+def score_ablation(arms: list[Arm]) -> list[dict]:
+    """Fig. 8: arms under four kinds of prompt. docs/ablation.png has one hint, with seed 0."""
+    scored, hint = {arm: [score(arm, prompt) for prompt in PROMPTS] for arm in arms}, drawn(*HELD_OUT)[1][0] * 2 - 1
+    rows = {run: [hint, *(samples[0] for _, samples in kinds)] for (run, i, _), kinds in scored.items() if i == 0}
+    draw_sheet({"zero": rows.pop("seed"), **rows}, DOCS / "ablation.png", ["hint", *PROMPTS])
     return [row for kinds in scored.values() for row, _ in kinds]
+
+
+def score_failures(arms: list[Arm]) -> list[dict]:
+    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, two pictures, and printed, its table."""
+    logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
+    plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
+    rows, samples = zip(*(score(arm, "none") for arm in arms))
+    draw_sheet(dict(enumerate(zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples), 1)), DOCS / "failures.png", ["hint", *logs])
+    judged = [judge(arm) for arm in arms]
+    for name, row in zip(logs, judged):
+        print(f"| {name} | {row['summary'].partition(', ')[2]} | {row['verdict']} |")
+    return [*rows, *judged]
 
 
 def score_palette() -> list[dict]:

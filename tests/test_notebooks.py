@@ -130,7 +130,7 @@ def test_the_table(monkeypatch):
     assert s["features-4"] == 4 * s["seed"] == 16 * s["features-0.25"] > 0  # powers of two: nothing is rounded
 
 
-def test_the_runner(nano, tmp_path, monkeypatch):
+def test_the_runner(nano, tmp_path, monkeypatch, capsys):
     """A small default training and its scores; then it is complete, and neither trained nor sampled again."""
     for folder in ("RUNS", "LOGS", "DOCS"):
         monkeypatch.setattr(scores, folder, tmp_path / folder)
@@ -158,9 +158,14 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     with Image.open(scores.DOCS / "jump.webp") as animation, Image.open(scores.DOCS / "jump.png") as sheet:
         assert (animation.n_frames, animation.info["loop"], sheet.width) == (8, 0, 840)
 
-    rows = scores.score_arms("ablation", [("seed", 0, None)], [*scores.PROMPTS])
+    rows = scores.score_ablation([("seed", 0, None)])
     assert [row["prompt"] for row in rows] == ["none", "insufficient", "conflicting", "perfect"]
     assert ["colour_error" in row for row in rows] == [False, False, True, True]
+    samples, judged = scores.score_failures([("seed", 0, None)])
+    assert samples["prompt"] == "none" and judged["verdict"] and judged["summary"].startswith("loss ")
+    assert "| default | sensitivity " in capsys.readouterr().out
+    for picture in ("ablation", "failures", "failure-curves"):
+        assert (scores.DOCS / f"{picture}.png").exists()
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(scores, "load_controlnet", None)
     experiments.run("seed", training, 0)
