@@ -10,10 +10,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -71,11 +71,8 @@ def gaussian_as_default(*convs: nn.Conv2d) -> None:
 
 SD15_SCALE = property(lambda sd: SD15.latent_scale, lambda sd, scale: None)  # whatever the base's file says
 
-# The trainings
 
-
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """Trainings that differ in their seed alone."""
 
     options: str = ""
@@ -136,8 +133,7 @@ def factors(controlnet: ControlNet, hints: Tensor) -> dict[str, float]:
 
     *encoder, u = controlnet.hint_encoder
     features = nn.Sequential(*encoder)(hints)
-    zero_convs = [*controlnet.zero_convs, controlnet.middle_zero_conv]
-    v = median(rms(conv.weight) for conv in zero_convs)
+    v = median(rms(conv.weight) for conv in (*controlnet.zero_convs, controlnet.middle_zero_conv))
     return {"s": rms(features - features.mean((2, 3), keepdim=True)), "u": rms(u.weight), "v": v}
 
 

@@ -23,11 +23,11 @@ PANELS = {"hint_sensitivity": ("hint sensitivity", "#0072b2"), "followed": ("hin
 FRAME, PAUSE = 120, 4000  # milliseconds: of each frame, and of the first and the last
 
 
-def label_row(axis: Axes, label: str | int) -> None:
-    axis.set_ylabel(str(label).replace("-", "\n"), rotation=0, ha="right", va="center", labelpad=8)
+def label_row(axis: Axes, label: str) -> None:
+    axis.set_ylabel(label.replace("-", "\n"), rotation=0, ha="right", va="center", labelpad=8)
 
 
-def draw_row(axes: Sequence[Axes], label: str | int, images: Iterable[Tensor]) -> list:
+def draw_row(axes: Sequence[Axes], label: str, images: Iterable[Tensor]) -> list:
     """Images [3, H, W] in [-1, 1] side by side, the label at their left; returns what can show other images later."""
     for axis in axes:
         axis.set(xticks=[], yticks=[])
@@ -43,7 +43,7 @@ def rendered(figure: Figure) -> Image.Image:
 
 
 def draw_sheet(
-    rows: dict[str | int, Sequence[Tensor]], path: Path, titles: Sequence[str] = (), below: Sequence[Sequence[str]] = ()
+    rows: dict[str, Sequence[Tensor]], path: Path, titles: Sequence[str] = (), below: Sequence[Sequence[str]] = ()
 ) -> None:
     """Write rows of images by their labels as a PNG: `titles` above the columns, words of `below` under pictures."""
     columns = max(map(len, rows.values()))

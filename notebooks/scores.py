@@ -57,15 +57,12 @@ def load_arm(name: str, seed: int, step: int | None) -> ControlNet:
     return load(RUNS / f"{name}-{seed}" / file)
 
 
-def rounded(values: Iterable) -> list[float]:
-    return [round(float(value), 4) for value in values]
-
-
 def scores_of(images: Tensor, hints: Tensor, prompts: list[str]) -> dict[str, list[float]]:
     """Each image's IoU, and its colour error where every prompt names colours."""
-    scores = {"iou": rounded(circle_iou(images, hints))}
+    scores = {"iou": circle_iou(images, hints).double().round(decimals=4).tolist()}
     if all(" background" in prompt for prompt in prompts):
-        scores["colour_error"] = rounded(colour_error(images, hints, prompts).mean(dim=1))
+        errors = colour_error(images, hints, prompts).mean(dim=1)
+        scores["colour_error"] = errors.double().round(decimals=4).tolist()
     return scores
 
 
@@ -118,7 +115,8 @@ def judge(arm: Arm) -> dict:
     """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
     said = dict(zip(("run", "seed", "step", "summary", "verdict"), (*arm, summary(heard), verdict(heard))))
-    return said | {"loss": {hint: rounded(loss.mean(dim=0)) for hint, loss in heard.loss.items()}}
+    losses = {hint: loss.mean(dim=0).double().round(decimals=4).tolist() for hint, loss in heard.loss.items()}
+    return said | {"loss": losses}
 
 
 def residual_maps(seed: int, step: int) -> dict:
@@ -168,7 +166,8 @@ def score_failures(arms: list[Arm]) -> list[dict]:
     logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
     plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
     rows, samples = zip(*(score(arm, "none") for arm in arms))
-    draw_sheet(dict(enumerate(zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples), 1)), DOCS / "failures.png", ["hint", *logs])
+    columns = zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples)
+    draw_sheet({str(i): row for i, row in enumerate(columns, 1)}, DOCS / "failures.png", ["hint", *logs])
     judged = [judge(arm) for arm in arms]
     for name, row in zip(logs, judged):
         print(f"| {name} | {row['summary'].partition(', ')[2]} | {row['verdict']} |")

@@ -1,8 +1,8 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, forgive, text, unet, polish, decoder, measure) and writes models/tiny;
-with a stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to make another
-base.
+`python -m tools.pretrain` runs all stages (merges, vae, forgive, text, unet, polish, decoder, measure) and writes
+models/tiny; with a stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to
+make another base.
 """
 
 import json

@@ -100,9 +100,7 @@ def reconstruction_loss(
     return loss + KL_WEIGHT * kl, values | {"kl": kl.detach()}
 
 
-def picture_loss(
-    error: Tensor, weights: Tensor | float, edge_weight: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+def picture_loss(error: Tensor, weights: Tensor | float, edge_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the difference [B, 3, H, W] between decoded and true pictures: in pixels and across edges."""
     pixels, squares = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
     edges = error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3))
