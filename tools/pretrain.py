@@ -120,14 +120,14 @@ def train_text(folder: Path, plan: Plan) -> None:
 
 @torch.no_grad()
 def encode_scenes(
-    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] = lambda images, _: images
+    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor], Tensor] = nn.Identity()
 ) -> tuple[Tensor, list[str]]:
     """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
     if not path.exists():
         moments, captions = [], []
         for first in tqdm(range(0, count, 32), desc="encode"):
             images, texts = draw_batch(TRAIN, range(first, min(first + 32, count)), TINY.resolution)
-            moments.append(vae.encode(change(images, texts).contiguous(memory_format=torch.channels_last)))
+            moments.append(vae.encode(change(images).contiguous(memory_format=torch.channels_last)))
             captions += texts
         save_tensors({"moments": torch.cat(moments)}, path, {"captions": json.dumps(captions)})
     tensors, metadata = read_tensors(path)
