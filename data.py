@@ -40,8 +40,8 @@ def draw_outline(distance: np.ndarray) -> Image.Image:
 
 
 def draw_palette(colour: np.ndarray, background: np.ndarray, size: int) -> Image.Image:
-    """A hint that says what colours to paint and not where: stripes of the shape's, the background's, and black."""
-    row = np.stack([colour, background, 0 * colour])[np.arange(size) * STRIPES // size % 3]  # [size, 3]
+    """A hint that says what colours to paint and not where: stripes of the shape's and the background's in turn."""
+    row = np.where(np.arange(size)[:, None] * STRIPES // size % 2 == 0, colour, background)  # [size, 3]
     return Image.fromarray(np.repeat(np.uint8(row)[None], size, axis=0))
 
 

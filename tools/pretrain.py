@@ -43,10 +43,10 @@ PLANS = {
     "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
     "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
     "polish-3": Plan(10_000, 32, 8e-4, constant=0, seed=500_000, weights=((0.25, 5),)),
-    "decoder": Plan(600, 8, 3e-4, constant=0.3, seed=2_000_000),
+    "decoder": Plan(900, 8, 5e-4, constant=0.4, seed=2_000_000),
 }
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-DECODER_STEPS = 6  # of DDIM at most, before the decoder that learns from them
+DECODER_STEPS = 7  # of DDIM at most, before the decoder that learns from them
 LATENTS = 20_000  # scenes that the UNet is trained on
 
 
@@ -231,7 +231,9 @@ def adapt_decoder(folder: Path, plan: Plan) -> None:
         first = plan.seed + plan.batch * step
         images, captions = draw_batch(TRAIN, range(first, first + plan.batch), TINY.resolution)
         z_0 = leave(images, captions, generator)
-        return picture_loss(sd.vae.decode(z_0 / sd.latent_scale) - images, contrast_weights(images))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = sd.vae.decode(z_0 / sd.latent_scale).float()
+        return picture_loss(decoded - images, contrast_weights(images))
 
     def show(average, step):
         pass  # `measure` does
