@@ -1,6 +1,6 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, forgive, text, unet, polish, decoder, measure) and writes
+`python -m tools.pretrain` runs all stages (merges, vae, text, unet, polish, decoder, measure) and writes
 models/tiny; with a stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to
 make another base.
 """
@@ -28,22 +28,20 @@ from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
-from tools.pretrain_vae import contrast_weights, forgive, picture_loss, reconstruct, train_vae
+from tools.pretrain_vae import contrast_weights, picture_loss, reconstruct, train_vae
 from tools.shapes import judge, outline_error
 from vae import AutoencoderKL, sample_latent
 from weights import official_state_dict
 
 PLANS = {
     "vae": Plan(4000, 16, 1e-3),
-    "forgive": Plan(1600, 16, 1e-3, constant=0.4, seed=1_000_000),
     "text": Plan(600, 128, 1e-3),
     # Stable Diffusion locks CLIP, but this text encoder was trained for a minute.
     "unet": Plan(7000, 32, 1e-3, learning=("unet", "text_encoder"), weights=((1, 25), (1, 8))),
     # For rounder circles and straighter edges: from the full learning rate down to 0, again and again.
     "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
     "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
-    "polish-3": Plan(10_000, 32, 8e-4, constant=0, seed=500_000, weights=((0.25, 5),)),
-    "decoder": Plan(900, 8, 5e-4, constant=0.4, seed=2_000_000),
+    "decoder": Plan(600, 8, 5e-4, constant=0.4, seed=2_000_000),
 }
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 DECODER_STEPS = 7  # of DDIM at most, before the decoder that learns from them
@@ -139,7 +137,7 @@ def encode_scenes(
 def train_unet(folder: Path, plan: Plan) -> None:
     torch.manual_seed(SEED)
     sd = StableDiffusion(Tokenizer.from_merges(folder / "merges.txt"), TINY.text, TINY.vae, TINY.unet, 1.0)
-    load_trained(folder / "forgive.safetensors", sd.vae)
+    load_trained(folder / "vae.safetensors", sd.vae)
     load_trained(folder / "text.safetensors", sd.text_encoder, "text.")
     moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
     noise = torch.randn(1000, *moments[0, :4].shape, generator=torch.Generator().manual_seed(SEED))
@@ -216,7 +214,7 @@ def adapt_decoder(folder: Path, plan: Plan) -> None:
     def leave(images, captions, generator):
         z_0 = sd.encode_images(images.contiguous(memory_format=torch.channels_last), generator)
         steps = torch.randint(1, DECODER_STEPS + 1, (), generator=generator).item()
-        scale = 1 + TINY.guidance_scale * torch.rand((), generator=generator).item()
+        scale = 1 + 4 * torch.rand((), generator=generator).item()  # of guidance, from 1 to 5
         rest = NoiseSchedule()  # its first times: DDIM's last steps
         rest.steps, rest.alphas_cumprod = every * steps, full.alphas_cumprod[: every * steps]
         contexts = [sd.encode_prompts([""]).expand(len(images), -1, -1), sd.encode_prompts(captions)]
@@ -235,11 +233,7 @@ def adapt_decoder(folder: Path, plan: Plan) -> None:
             decoded = sd.vae.decode(z_0 / sd.latent_scale).float()
         return picture_loss(decoded - images, contrast_weights(images))
 
-    def show(average, step):
-        pass  # `measure` does
-
-    from_latent, trained = fit("decoder", folder, decoder, loss_fn, show, plan)
-    sd.vae.from_latent, sd.vae.decoder = from_latent, trained
+    sd.vae.from_latent, sd.vae.decoder = fit("decoder", folder, decoder, loss_fn, lambda *_: None, plan)
     pack(sd, TINY_FILE, TINY_FILE.parent)
 
 
@@ -274,7 +268,7 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     stages = {
-        "merges": learn_merges, "vae": train_vae, "forgive": forgive, "text": train_text, "unet": train_unet,
+        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
         "polish": polish, "decoder": adapt_decoder, "measure": measure,
     }  # fmt: skip
     parser = ArgumentParser(prog="python -m tools.pretrain", description="Make the miniature from nothing.")

@@ -1,4 +1,4 @@
-"""The miniature's VAE: trained from nothing, then taught to forgive latents that are slightly off."""
+"""The miniature's VAE, trained from nothing."""
 
 from pathlib import Path
 
@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from controlnet import zero_weights
 from stable_diffusion import TINY
-from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
+from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, save_grid
 from unet import ResBlock
-from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample
+from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, sample_latent
 
 KL_WEIGHT = 2e-4
-MOST_NOISE = 0.26  # on a latent, in standard deviations of all latents
 
 
 def pass_colours_through(vae: AutoencoderKL) -> None:
@@ -56,52 +55,28 @@ def train_vae(folder: Path, plan: Plan) -> None:
         size = 32 if step < 0.35 * plan.steps else 64 if step < 0.85 * plan.steps else 128
         images, _ = draw_batch(TRAIN, range(plan.batch * step, plan.batch * (step + 1)), size)
         with torch.autocast("cpu", torch.bfloat16):
-            return reconstruction_loss(vae, images, generator, edge_weight=min(1.0, step / 300))
+            return reconstruction_loss(vae, images, generator, min(1.0, step / 300))
 
-    fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, watch("vae", folder), plan)
-
-
-def forgive(folder: Path, plan: Plan) -> None:
-    """Train encoder and decoder on with noise on the latents, of another size for each picture.
-
-    A UNet's latents are a little off. A VAE that never saw such a latent paints each error as a dent or a blotch; with
-    noise it learns codes that bear it. The lower a picture's contrast, the more it weighs: else edges between similar
-    colours get codes that drown in the noise.
-    """
-    vae = AutoencoderKL(TINY.vae).to(memory_format=torch.channels_last)
-    load_trained(folder / "vae.safetensors", vae)
-
-    def loss_fn(step, generator):
-        large = step >= 0.77 * plan.steps
-        first, count = 500_000 + plan.batch * step, plan.batch // 2 if large else plan.batch
-        images, _ = draw_batch(TRAIN, range(first, first + count), 64 if step % 2 and not large else 128)
-        if images.shape[-1] > 64 and not large:  # a part: outlines as smooth as in the whole, at a quarter of the work
-            places = torch.randint(65, (count, 2), generator=generator).tolist()
-            images = torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(images, places)])
-        noise = MOST_NOISE * torch.rand(count, 1, 1, 1, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=not large):
-            return reconstruction_loss(vae, images, generator, noise, contrast_weights(images))
-
-    fit("forgive", folder, vae, loss_fn, watch("forgive", folder), plan)
+    fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, watch(folder), plan)
 
 
 def reconstruction_loss(
-    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, noise: Tensor | float = 0.0,
-    weights: Tensor | float = 1.0, edge_weight: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """What is lost from a picture to its reconstruction, and its parts; `weights` [B] are the pictures'."""
+    vae: AutoencoderKL, images: Tensor, generator: torch.Generator, edge_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is lost from a picture to its reconstruction, and its parts."""
     images = images.contiguous(memory_format=torch.channels_last)
     moments = vae.encode(images).float()
     mean, log_variance = moments[:, :4], moments[:, 4:].clamp(-30, 20)
-    deviation = (log_variance.exp() + (noise * mean.detach().std()) ** 2).sqrt()
-    decoded = vae.decode(mean + deviation * torch.randn(mean.shape, generator=generator))
-    loss, values = picture_loss(decoded.float() - images, weights, edge_weight)
+    decoded = vae.decode(sample_latent(moments, torch.randn(mean.shape, generator=generator)))
+    loss, values = picture_loss(decoded.float() - images, edge_weight=edge_weight)
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / images.numel()
     return loss + KL_WEIGHT * kl, values | {"kl": kl.detach()}
 
 
-def picture_loss(error: Tensor, weights: Tensor | float, edge_weight: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the difference [B, 3, H, W] between decoded and true pictures: in pixels and across edges."""
+def picture_loss(
+    error: Tensor, weights: Tensor | float = 1.0, edge_weight: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the difference [B, 3, H, W] between decoded and true pictures: in pixels and across edges; weights [B]."""
     pixels, squares = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
     edges = error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3))
     loss = (weights * (pixels + 0.5 * squares + edge_weight * edges)).mean()
@@ -120,14 +95,14 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
 
 
-def watch(stage: str, folder: Path):
-    """What fit is to show of a VAE."""
+def watch(folder: Path):
+    """What fit is to show."""
     unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
 
     @torch.no_grad()
     def show(average, step):
         decoded, psnr = reconstruct(average, unseen)
-        tqdm.write(f"{stage} step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
-        save_grid(folder / f"{stage}.png", unseen[:8], decoded[:8])
+        tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
+        save_grid(folder / "vae.png", unseen[:8], decoded[:8])
 
     return show
