@@ -14,6 +14,6 @@ train() { # in a folder, where one that was stopped goes on
 train runs/controlnet
 cp "$(ls -v runs/controlnet/previews/step-*.png | tail -n 1)" docs/miniature.png
 python notebooks/experiments.py
-python -m tools.negative
+python -m tools.dusk
 python tests/capture_page.py runs/controlnet docs
 for notebook in notebooks/[1-5]_*.ipynb; do jupyter execute --inplace "$notebook"; done

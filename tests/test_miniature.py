@@ -6,11 +6,12 @@ from standin import ROOT
 
 from clip_text import Tokenizer
 from data import DRAWN_HELD_OUT, MIN_COLOUR_DISTANCE, DrawnImages
-from metrics import prompt_colours
+from metrics import circle_distance, prompt_colours
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.files import read_tensors
 from tools import fit, pretrain
+from tools.dusk import DUSK, at_dusk, iou_in_light
 from tools.shapes import judge
 from weights import load_controlnet
 
@@ -86,3 +87,16 @@ def test_stages_resume(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train("parts", last=3)
     assert torch.equal(train("parts"), train("whole"))  # which also says that none is NaN
+
+
+def test_dusk():
+    """The second base's light, and that a picture in it is scored like one without."""
+    pairs = DrawnImages(4, 128, DRAWN_HELD_OUT)
+    hints, images = (torch.stack([part(i) for i in range(4)]) for part in (pairs.hint, pairs.image))
+    lit = at_dusk(images, pairs.prompts)
+    own, other = (iou_in_light(lit, shown, pairs.prompts, DUSK) for shown in (hints, hints.roll(1, 0)))
+    assert (own > 0.97).all() and (other < 0.7).all()
+    depth = ((torch.arange(128) + 0.5) / 128)[:, None].expand(128, 128)
+    inside = circle_distance(hints[0]) < -3
+    expected = (images[0] + 1) * (1 - DUSK * depth)  # of colours that are rounded to 1/255, half a step of 2/255 apart
+    torch.testing.assert_close((lit[0] + 1)[:, inside], expected[:, inside], rtol=0, atol=2 / 255)

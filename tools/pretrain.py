@@ -1,8 +1,7 @@
 """How the shipped miniature was made: a Stable Diffusion trained from nothing on a world of coloured shapes.
 
-`python -m tools.pretrain` runs all stages (merges, vae, text, unet, polish, decoder, measure) and writes
-models/tiny; with a stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to
-make another base.
+`python -m tools.pretrain` runs all stages (merges, vae, text, unet, polish, measure) and writes models/tiny; with a
+stage's name it runs that one. A stage that was stopped goes on where it was: empty its folder to make another base.
 """
 
 import json
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols, join_pair
 from data import COLOURS, SHAPES
-from diffusion import NoiseSchedule, ddim, ddim_timesteps, guided_noise
+from diffusion import NoiseSchedule
 from formats.networks import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
@@ -28,7 +27,7 @@ from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
 from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
-from tools.pretrain_vae import contrast_weights, picture_loss, reconstruct, train_vae
+from tools.pretrain_vae import reconstruct, train_vae
 from tools.shapes import judge, outline_error
 from vae import AutoencoderKL, sample_latent
 from weights import official_state_dict
@@ -41,10 +40,8 @@ PLANS = {
     # For rounder circles and straighter edges: from the full learning rate down to 0, again and again.
     "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
     "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
-    "decoder": Plan(600, 8, 5e-4, constant=0.4, seed=2_000_000),
 }
 EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
-DECODER_STEPS = 7  # of DDIM at most, before the decoder that learns from them
 LATENTS = 20_000  # scenes that the UNet is trained on
 
 
@@ -118,14 +115,14 @@ def train_text(folder: Path, plan: Plan) -> None:
 
 @torch.no_grad()
 def encode_scenes(
-    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor], Tensor] = nn.Identity()
+    path: Path, vae: AutoencoderKL, count: int, change: Callable[[Tensor, list[str]], Tensor] = lambda images, _: images
 ) -> tuple[Tensor, list[str]]:
     """Moments [count, 8, 16, 16] and captions of the scenes that the UNet is trained on, kept in a file."""
     if not path.exists():
         moments, captions = [], []
         for first in tqdm(range(0, count, 32), desc="encode"):
             images, texts = draw_batch(TRAIN, range(first, min(first + 32, count)), TINY.resolution)
-            moments.append(vae.encode(change(images).contiguous(memory_format=torch.channels_last)))
+            moments.append(vae.encode(change(images, texts).contiguous(memory_format=torch.channels_last)))
             captions += texts
         save_tensors({"moments": torch.cat(moments)}, path, {"captions": json.dumps(captions)})
     tensors, metadata = read_tensors(path)
@@ -199,44 +196,6 @@ def learn_to_paint(
         setattr(sd, part, trained)
 
 
-def adapt_decoder(folder: Path, plan: Plan) -> None:
-    """Train the VAE's decoder alone on latents as this UNet leaves them, with the true picture as the target.
-
-    Scenes are noised to one of DDIM's smaller times, where their place is settled, and denoised from there. UNet,
-    encoder and so every ControlNet stay as they are: Stability trained its ft-MSE decoder for Stable Diffusion so, on
-    latents as the encoder leaves them.
-    """
-    sd = StableDiffusion.load("tiny").to(memory_format=torch.channels_last).requires_grad_(False)
-    decoder, full = nn.ModuleList([sd.vae.from_latent, sd.vae.decoder]).requires_grad_(True), NoiseSchedule()
-    every = full.steps // TINY.sampling_steps
-
-    @torch.no_grad()
-    def leave(images, captions, generator):
-        z_0 = sd.encode_images(images.contiguous(memory_format=torch.channels_last), generator)
-        steps = torch.randint(1, DECODER_STEPS + 1, (), generator=generator).item()
-        scale = 1 + 4 * torch.rand((), generator=generator).item()  # of guidance, from 1 to 5
-        rest = NoiseSchedule()  # its first times: DDIM's last steps
-        rest.steps, rest.alphas_cumprod = every * steps, full.alphas_cumprod[: every * steps]
-        contexts = [sd.encode_prompts([""]).expand(len(images), -1, -1), sd.encode_prompts(captions)]
-
-        def eps_fn(z, t):
-            return guided_noise(*sd.unet(z.repeat(2, 1, 1, 1), t.repeat(2), torch.cat(contexts)).chunk(2), scale)
-
-        t = ddim_timesteps(rest, steps)[-1].expand(len(images))
-        return ddim(eps_fn, full.add_noise(z_0, torch.randn(z_0.shape, generator=generator), t), rest, steps)
-
-    def loss_fn(step, generator):
-        first = plan.seed + plan.batch * step
-        images, captions = draw_batch(TRAIN, range(first, first + plan.batch), TINY.resolution)
-        z_0 = leave(images, captions, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = sd.vae.decode(z_0 / sd.latent_scale).float()
-        return picture_loss(decoded - images, contrast_weights(images))
-
-    sd.vae.from_latent, sd.vae.decoder = fit("decoder", folder, decoder, loss_fn, lambda *_: None, plan)
-    pack(sd, TINY_FILE, TINY_FILE.parent)
-
-
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
     """Write a miniature as it ships: in half precision, under official names, its sizes in the metadata."""
     tensors = {k: v.half() for part in (sd.unet, sd.vae, sd.text_encoder) for k, v in official_state_dict(part).items()}
@@ -269,7 +228,7 @@ def measure(folder: Path) -> None:
 def main() -> None:
     stages = {
         "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
-        "polish": polish, "decoder": adapt_decoder, "measure": measure,
+        "polish": polish, "measure": measure,
     }  # fmt: skip
     parser = ArgumentParser(prog="python -m tools.pretrain", description="Make the miniature from nothing.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all")

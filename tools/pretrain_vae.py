@@ -67,26 +67,11 @@ def reconstruction_loss(
     images = images.contiguous(memory_format=torch.channels_last)
     moments = vae.encode(images).float()
     mean, log_variance = moments[:, :4], moments[:, 4:].clamp(-30, 20)
-    decoded = vae.decode(sample_latent(moments, torch.randn(mean.shape, generator=generator)))
-    loss, values = picture_loss(decoded.float() - images, edge_weight=edge_weight)
+    error = vae.decode(sample_latent(moments, torch.randn(mean.shape, generator=generator))).float() - images
+    pixels, edges = error.abs().mean(), error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum() / images.numel()
-    return loss + KL_WEIGHT * kl, values | {"kl": kl.detach()}
-
-
-def picture_loss(
-    error: Tensor, weights: Tensor | float = 1.0, edge_weight: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the difference [B, 3, H, W] between decoded and true pictures: in pixels and across edges; weights [B]."""
-    pixels, squares = error.abs().mean((1, 2, 3)), error.square().mean((1, 2, 3))
-    edges = error.diff(dim=2).abs().mean((1, 2, 3)) + error.diff(dim=3).abs().mean((1, 2, 3))
-    loss = (weights * (pixels + 0.5 * squares + edge_weight * edges)).mean()
-    return loss, {"pixels": pixels.detach().mean(), "edges": edges.detach().mean()}
-
-
-def contrast_weights(images: Tensor) -> Tensor:
-    """[B]: the lower a picture's contrast, the more it weighs."""
-    contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(1).clamp(min=0.1)
-    return (0.7 / contrast).clamp(0.5, 2.5)
+    loss = pixels + 0.5 * error.square().mean() + edge_weight * edges + KL_WEIGHT * kl
+    return loss, {"pixels": pixels.detach(), "edges": edges.detach(), "kl": kl.detach()}
 
 
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
