@@ -128,15 +128,15 @@ def residual_maps(seed: int, step: int) -> dict:
 
 
 def score_seeds(seeds: int, steps: int) -> list[dict]:
-    """Samples at every step around each jump and at every tenth elsewhere; at the end of hints never looked at before.
+    """Samples at every step around each jump and every 20 elsewhere; at the end of hints never looked at before.
 
     docs/jump.webp, jump.png, convergence.png and logs/residuals.jsonl are of the seed whose jump is the median.
     """
     rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
     for seed in range(seeds):
         jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
-        around[seed] = range(2 * jump // 3, min(3 * jump // 2, steps) + 1)
-        ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 10)])
+        around[seed] = range(3 * jump // 4, min(4 * jump // 3, steps) + 1)
+        ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 20)])
         images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
         row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
         rows.append(row | {"fresh": scores_of(images, hints, fresh.prompts)})
