@@ -52,7 +52,7 @@ TINY = Preset(
     text=CLIPTextConfig(vocab_size=866, width=64, mlp_width=256, num_layers=2, num_heads=4), latent_scale=0.50042,
     hint_channels=(8, 16, 24, 32), hint_init="silu", data="drawn", resolution=128, train_batch_size=32,
     learning_rate=2e-3, cooldown=0.4, max_train_steps=240, validation_steps=40, response_steps=5,
-    snapshot_steps=10, mixed_precision="no", guidance_scale=3.0, license="Apache-2.0",
+    snapshot_steps=10, mixed_precision="no", guidance_scale=4.0, license="Apache-2.0",
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
     rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
     for seed in range(seeds):
         jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
-        around[seed] = range(3 * jump // 4, min(4 * jump // 3, steps) + 1)
+        around[seed] = range(2 * jump // 3, min(9 * jump // 8, steps) + 1)
         ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 20)])
         images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
         row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
