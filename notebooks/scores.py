@@ -18,7 +18,6 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.plot import plot_side_by_side
 from support.verdict import summary, verdict
 from weights import load_controlnet
 
@@ -159,19 +158,6 @@ def score_ablation(arms: list[Arm]) -> list[dict]:
     rows = {run: [hint, *(samples[0] for _, samples in kinds)] for (run, i, _), kinds in scored.items() if i == 0}
     draw_sheet({"zero": rows.pop("seed"), **rows}, DOCS / "ablation.png", ["hint", *PROMPTS])
     return [row for kinds in scored.values() for row, _ in kinds]
-
-
-def score_failures(arms: list[Arm]) -> list[dict]:
-    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, two pictures, and printed, its table."""
-    logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
-    plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
-    rows, samples = zip(*(score(arm, "none") for arm in arms))
-    columns = zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples)
-    draw_sheet({str(i): row for i, row in enumerate(columns, 1)}, DOCS / "failures.png", ["hint", *logs])
-    judged = [judge(arm) for arm in arms]
-    for name, row in zip(logs, judged):
-        print(f"| {name} | {row['summary'].partition(', ')[2]} | {row['verdict']} |")
-    return [*rows, *judged]
 
 
 def score_palette() -> list[dict]:
