@@ -134,7 +134,7 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
     rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
     for seed in range(seeds):
         jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
-        around[seed] = range(2 * jump // 3, min(9 * jump // 8, steps) + 1)
+        around[seed] = range(jump // 2, min(9 * jump // 8, steps) + 1)
         ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 20)])
         images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
         row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
@@ -143,10 +143,11 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
     jump, seed = sorted((row["jump"], row["seed"]) for row in rows if "jump" in row)[seeds // 2]
     write_log(LOGS / "residuals.jsonl", [residual_maps(seed, step) for step in (jump // 2, jump, steps)])
     log, (pairs, hints) = read_log(LOGS / f"seed-{seed}.jsonl"), drawn(*HELD_OUT)
-    samples = {step: score(("seed", seed, step))[1] for step in (0, *around[seed])}
+    looks = [0, *(entry["step"] for entry in log if "followed" in entry)]
+    samples = {step: score(("seed", seed, step))[1] for step in looks}
     ends = hints[:COLUMNS] * 2 - 1, torch.stack([pairs.image(i) for i in range(COLUMNS)])
     animate(log, samples, *ends, DOCS / "jump.webp")
-    stills = {f"step {step}": samples[step] for step in (0, *around[seed][:: len(around[seed]) // 4])}
+    stills = {f"step {step}": samples[step] for step in (0, 2 * jump // 3, 5 * jump // 6, jump, steps)}
     draw_sheet({"hint": ends[0], **stills, "target": ends[1]}, DOCS / "jump.png")
     plot_convergence({f"seed {seed}": log}, DOCS / "convergence.png")
     return rows

@@ -143,13 +143,13 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     assert [entry["step"] for entry in log if "hint_sensitivity" in entry] == [5, 10]
     assert all(log[9][factor] > 0 for factor in "suv")
     followed = [(entry["step"], len(entry["ious"])) for entry in log if "followed" in entry]
-    assert followed == [(i, 6) for i in range(8, 13)]
+    assert followed == [(i, 6) for i in range(6, 13)]
     rows = [json.loads(line) for line in (scores.LOGS / "scores-seeds.jsonl").read_text().splitlines()]
     assert len(rows[0]["fresh"]["iou"]) == 2 and [len(row["loss"]["own"]) for row in rows[1:]] == [8, 8, 8]
     maps = [row["maps"] for row in read_log(scores.LOGS / "residuals.jsonl")]
     assert [[len(hints_part) for _, hints_part in row] for row in maps] == 3 * [[8] * 3 + [4] * 3 + [2] * 3 + [1] * 4]
     with Image.open(scores.DOCS / "jump.webp") as animation, Image.open(scores.DOCS / "jump.png") as sheet:
-        assert (animation.n_frames, animation.info["loop"], sheet.width) == (6, 0, 840)
+        assert (animation.n_frames, animation.info["loop"], sheet.width) == (8, 0, 840)
 
     rows = scores.score_ablation([("seed", 0, None)])
     assert [row["prompt"] for row in rows] == ["none", "insufficient", "conflicting", "perfect"]
@@ -158,7 +158,7 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(scores, "load_controlnet", None)
     experiments.run("seed", training, 0)
-    assert scores.follow("seed", 0, [8, 12])[12] == log[-1]["ious"]
+    assert scores.follow("seed", 0, [6, 12])[12] == log[-1]["ious"]
 
 
 def test_flips():
