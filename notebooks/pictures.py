@@ -53,7 +53,7 @@ def draw_sheet(
     for row, (label, images) in zip(axes, rows.items()):
         draw_row(row, label, images)
     for axis, title in zip(axes[0], titles):
-        axis.set_title(title.replace("-", "\n"), fontsize=10)
+        axis.set_title(title, fontsize=10)
     for row, words in zip(axes, below):
         for axis, text in zip(row, words):
             axis.set_xlabel(text, labelpad=2)

@@ -18,7 +18,7 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.verdict import summary, verdict
+from support.verdict import verdict
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
@@ -113,9 +113,8 @@ def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
 def judge(arm: Arm) -> dict:
     """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
-    said = dict(zip(("run", "seed", "step", "summary", "verdict"), (*arm, summary(heard), verdict(heard))))
     losses = {hint: loss.mean(dim=0).double().round(decimals=4).tolist() for hint, loss in heard.loss.items()}
-    return said | {"loss": losses}
+    return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
 
 
 def residual_maps(seed: int, step: int) -> dict:
@@ -131,13 +130,13 @@ def score_seeds(seeds: int, steps: int) -> list[dict]:
 
     docs/jump.webp, jump.png, convergence.png and logs/residuals.jsonl are of the seed whose jump is the median.
     """
-    rows, around, (fresh, hints) = [], {}, drawn(*FRESH)
+    rows, (fresh, hints) = [], drawn(*FRESH)
     for seed in range(seeds):
         jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
-        around[seed] = range(jump // 2, min(9 * jump // 8, steps) + 1)
-        ious = follow("seed", seed, [*around[seed], *range(0, steps + 1, 20)])
+        around = range(jump // 2, min(9 * jump // 8, steps) + 1)
+        ious = follow("seed", seed, [*around, *range(0, steps + 1, 20)])
         images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
-        row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around[seed])})}
+        row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around)})}
         rows.append(row | {"fresh": scores_of(images, hints, fresh.prompts)})
         rows += [judge(("seed", seed, step)) for step in (jump // 2, jump, steps)]
     jump, seed = sorted((row["jump"], row["seed"]) for row in rows if "jump" in row)[seeds // 2]

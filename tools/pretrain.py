@@ -227,8 +227,8 @@ def measure(folder: Path) -> None:
 
 def main() -> None:
     stages = {
-        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet,
-        "polish": polish, "measure": measure,
+        "merges": learn_merges, "vae": train_vae, "text": train_text, "unet": train_unet, "polish": polish,
+        "measure": measure,
     }  # fmt: skip
     parser = ArgumentParser(prog="python -m tools.pretrain", description="Make the miniature from nothing.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(stages)}; by default all")

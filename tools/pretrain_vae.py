@@ -49,6 +49,7 @@ def train_vae(folder: Path, plan: Plan) -> None:
     torch.manual_seed(SEED)
     vae = AutoencoderKL(TINY.vae)
     pass_colours_through(vae)
+    unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
 
     def loss_fn(step, generator):
         # Small scenes first: the same edges and colours at a sixteenth of the work.
@@ -57,7 +58,13 @@ def train_vae(folder: Path, plan: Plan) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return reconstruction_loss(vae, images, generator, min(1.0, step / 300))
 
-    fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, watch(folder), plan)
+    @torch.no_grad()
+    def show(average, step):
+        decoded, psnr = reconstruct(average, unseen)
+        tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
+        save_grid(folder / "vae.png", unseen[:8], decoded[:8])
+
+    fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, show, plan)
 
 
 def reconstruction_loss(
@@ -78,16 +85,3 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """The images, encoded (to the latent's mean) and decoded again, and the mean PSNR in dB."""
     decoded = torch.cat([vae.decode(vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
     return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
-
-
-def watch(folder: Path):
-    """What fit is to show."""
-    unseen, _ = draw_batch(UNSEEN, range(64), TINY.resolution)
-
-    @torch.no_grad()
-    def show(average, step):
-        decoded, psnr = reconstruct(average, unseen)
-        tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
-        save_grid(folder / "vae.png", unseen[:8], decoded[:8])
-
-    return show
