@@ -30,7 +30,7 @@ import data
 import train
 from controlnet import ControlNet
 from convergence import HeldOut
-from stable_diffusion import TINY
+from stable_diffusion import SD15, TINY, StableDiffusion
 from support.log import read_log, write_log
 
 STEPS, RATE = TINY.max_train_steps, TINY.learning_rate
@@ -38,6 +38,17 @@ EQUAL = STEPS // 2  # steps after which trainings are compared: until then the r
 
 
 # What no option of train.py changes
+
+
+def hints_changed(change: Callable[[Callable[[int], Tensor], int], Tensor]) -> AbstractContextManager:
+    """Training pairs, but not held-out ones, get the hint that `change` makes of (index -> hint, index)."""
+
+    def open_pairs(*options):
+        pairs, held_out = data.open_pairs(*options)
+        pairs.hint = partial(change, pairs.hint)
+        return pairs, held_out
+
+    return patch.object(train, "open_pairs", open_pairs)
 
 
 def features_scaled(factor: float) -> AbstractContextManager:
@@ -56,6 +67,9 @@ def gaussian_as_default(*convs: nn.Conv2d) -> None:
     """Gaussian weights of the standard deviation of PyTorch's own, uniform ones, 1/√(3 fan_in); ablations has 0.02."""
     for conv in convs:
         nn.init.kaiming_normal_(conv.weight, a=math.sqrt(5))
+
+
+SD15_SCALE = property(lambda sd: SD15.latent_scale, lambda sd, scale: None)  # whatever the base's file says
 
 
 class Training(NamedTuple):
@@ -88,6 +102,18 @@ TABLE = {
             f"--snapshot-steps 20 --cooldown {TINY.cooldown}", 3, STEPS, partial(patch.dict, data.DRAWN_PAIRS, drawn=n)
         )
         for n in (30, 100, 300, 8000)
+    },
+    "failures": {
+        "early": Training(seeds=1, steps=STEPS // 8),  # the only one that needs nothing but time
+        "shuffled": Training(seeds=1, change=partial(hints_changed, lambda hint, i: hint(i ^ 1))),
+        "inverted": Training(seeds=1, change=partial(hints_changed, lambda hint, i: 1 - hint(i))),
+        "black": Training(seeds=1, change=partial(hints_changed, lambda hint, i: 0 * hint(i))),
+        "rate-low": Training(f"--learning-rate {RATE / 20:g}", seeds=1),
+        "rate-high": Training(f"--learning-rate {20 * RATE:g}", seeds=1),
+        "wrong-base": Training(  # one whose latents are scaled otherwise
+            seeds=1, change=partial(patch.object, StableDiffusion, "latent_scale", SD15_SCALE, create=True)
+        ),
+        "prompts-kept": Training("--proportion-empty-prompts 0", seeds=1),
     },
     "palette": {},  # of the ControlNets that ship
     "fill50k": {},
@@ -138,6 +164,8 @@ def score(group: str, arms: list[scores.Arm]) -> list[dict]:
             return scores.score_seeds(len(arms), STEPS)
         case "ablation":
             return scores.score_ablation(seed + arms)
+        case "failures":
+            return scores.score_failures([seed[0], *arms])
         case "palette":
             return scores.score_palette()
         case "fill50k":

@@ -18,7 +18,8 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.verdict import verdict
+from support.plot import plot_side_by_side
+from support.verdict import summary, verdict
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,7 @@ def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
 def judge(arm: Arm) -> dict:
     """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
+    print(f"{arm}: {summary(heard)}")
     losses = {hint: loss.mean(dim=0).double().round(decimals=4).tolist() for hint, loss in heard.loss.items()}
     return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
 
@@ -158,6 +160,17 @@ def score_ablation(arms: list[Arm]) -> list[dict]:
     rows = {run: [hint, *(samples[0] for _, samples in kinds)] for (run, i, _), kinds in scored.items() if i == 0}
     draw_sheet({"zero": rows.pop("seed"), **rows}, DOCS / "ablation.png", ["hint", *PROMPTS])
     return [row for kinds in scored.values() for row, _ in kinds]
+
+
+def score_failures(arms: list[Arm]) -> list[dict]:
+    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, two pictures, and printed, its figures."""
+    logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
+    plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
+    rows, samples = zip(*(score(arm, "none") for arm in arms))
+    columns = zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples)
+    titles = ["hint", *(name.replace("-", "\n") for name in logs)]
+    draw_sheet({str(i): row for i, row in enumerate(columns, 1)}, DOCS / "failures.png", titles)
+    return [*rows, *map(judge, arms)]
 
 
 def score_palette() -> list[dict]:

@@ -108,14 +108,21 @@ def test_the_architecture_is_the_models():
 
 
 def test_the_table(monkeypatch):
-    """Its options are train.py's; it changes the features before u."""
+    """Its options are train.py's; it changes training hints, and the features before u."""
     for training in TRAININGS.values():
         monkeypatch.setattr(sys, "argv", ["train.py", *f"{experiments.ALWAYS} {training.options}".split()])
         train.parse_arguments()
     assert len(TRAININGS) == sum(map(len, experiments.TABLE.values()))  # each has a folder of its own
 
-    drawn, s = data.DrawnImages(4, 64), {}
-    hints = torch.stack([drawn.hint(i) for i in range(4)])
+    monkeypatch.setitem(data.DRAWN_PAIRS, "drawn", 4)
+    opened = ("drawn", 64, 0, 4)
+    plain, held_out = data.open_pairs(*opened)
+    for name, hint in ("shuffled", plain.hint(3)), ("inverted", 1 - plain.hint(2)), ("black", 0 * plain.hint(2)):
+        with TRAININGS[name].change():
+            pairs, others = train.open_pairs(*opened)
+        assert torch.equal(pairs.hint(2), hint) and torch.equal(others.hint(2), held_out.hint(2))
+
+    hints, s = torch.stack([plain.hint(i) for i in range(4)]), {}
     for name in ("features-0.25", "seed", "features-4"):
         torch.manual_seed(0)
         with TRAININGS[name].change():
@@ -123,7 +130,7 @@ def test_the_table(monkeypatch):
     assert s["features-4"] == 4 * s["seed"] == 16 * s["features-0.25"] > 0  # powers of two: nothing is rounded
 
 
-def test_the_runner(nano, tmp_path, monkeypatch):
+def test_the_runner(nano, tmp_path, monkeypatch, capsys):
     """A small default training and its scores; then it is complete, and neither trained nor sampled again."""
     for folder in ("RUNS", "LOGS", "DOCS"):
         monkeypatch.setattr(scores, folder, tmp_path / folder)
@@ -154,7 +161,11 @@ def test_the_runner(nano, tmp_path, monkeypatch):
     rows = scores.score_ablation([("seed", 0, None)])
     assert [row["prompt"] for row in rows] == ["none", "insufficient", "conflicting", "perfect"]
     assert ["colour_error" in row for row in rows] == [False, False, True, True]
-    assert (scores.DOCS / "ablation.png").exists()
+    samples, judged = scores.score_failures([("seed", 0, None)])
+    assert samples["prompt"] == "none" and judged["verdict"]
+    assert "('seed', 0, None): loss " in capsys.readouterr().out
+    for picture in ("ablation", "failures", "failure-curves"):
+        assert (scores.DOCS / f"{picture}.png").exists()
     monkeypatch.setattr(train, "main", None)
     monkeypatch.setattr(scores, "load_controlnet", None)
     experiments.run("seed", training, 0)
