@@ -1,5 +1,6 @@
-"""Pictures of what trainings learn, with words in matplotlib's font: a sheet of samples, and README's animation."""
+"""Pictures of what trainings learn, with words in matplotlib's font: samples, curves, and README's animation."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -57,6 +58,27 @@ def draw_sheet(
     for row, words in zip(axes, below):
         for axis, text in zip(row, words):
             axis.set_xlabel(text, labelpad=2)
+    save_picture(rendered(figure), path)
+
+
+def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
+    """A panel for each log, nine of them: hint sensitivity and hint gap over the steps, and the jump, as a PNG."""
+    figure = Figure(figsize=(8.4, 6.2), dpi=90, layout="constrained")
+    axes = figure.subplots(3, 3, sharex=True, sharey=True, squeeze=False).flat
+    for axis, (name, log) in zip(axes, logs.items()):
+        (steps, sensitivity), (_, gap) = (curve(log, field) for field in ("hint_sensitivity", "hint_gap"))
+        axis.plot(steps, sensitivity, color="#0072b2", label="hint sensitivity (of the noise, whose size is 1)")
+        axis.plot(steps, abs(gap), "--", color="#d55e00", label="hint gap (of the loss)")
+        axis.plot(steps[gap < 0], -gap[gap < 0], "v", color="#d55e00", markerfacecolor="white", label="gap below 0")
+        jump = jump_step(log)
+        axis.axvline(jump or math.nan, color="black", linestyle=":")
+        if not sensitivity.any():
+            axis.text(0.5, 0.5, "both exactly 0", transform=axis.transAxes, ha="center", va="center")
+        axis.set_title(f"{name}: {f'jump at step {jump}' if jump else 'no jump'}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.set(yscale="log", ylim=(1e-7, None))  # below is chance
+    figure.supxlabel("optimizer step", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     save_picture(rendered(figure), path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 
 import torch
-from pictures import COLUMNS, animate, draw_sheet
+from pictures import COLUMNS, animate, draw_curves, draw_sheet
 from torch import Tensor
 
 from controlnet import ControlNet
@@ -18,7 +18,6 @@ from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, save_json
 from support.log import read_log, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.plot import plot_side_by_side
 from support.verdict import summary, verdict
 from weights import load_controlnet
 
@@ -163,9 +162,9 @@ def score_ablation(arms: list[Arm]) -> list[dict]:
 
 
 def score_failures(arms: list[Arm]) -> list[dict]:
-    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, two pictures, and printed, its figures."""
+    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, its pictures, and printed, figures."""
     logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
-    plot_side_by_side(logs, {name: jump_step(log) for name, log in logs.items()}, DOCS / "failure-curves.png")
+    draw_curves(logs, DOCS / "failure-curves.png")
     rows, samples = zip(*(score(arm, "none") for arm in arms))
     columns = zip(drawn(*HELD_OUT)[1] * 2 - 1, *samples)
     titles = ["hint", *(name.replace("-", "\n") for name in logs)]

@@ -57,31 +57,3 @@ def plot_logs(histories: dict[str, list[dict]], marks: dict[str, dict[str, int |
     if len(histories) > 1:
         axes[0].legend(fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
-
-
-def plot_side_by_side(histories: dict[str, list[dict]], jumps: dict[str, int | None], path: Path) -> None:
-    """A panel for each log: hint sensitivity and hint gap over the steps, and the step of its jump, as a PNG."""
-    from matplotlib.figure import Figure
-
-    columns, blue, orange = 3, "#0072b2", "#d55e00"
-    rows = -(-len(histories) // columns)
-    figure = Figure(figsize=(8.4, 1.8 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axis, (name, history) in zip(axes, histories.items()):
-        (steps, sensitivity), (_, gap) = (curve(history, field) for field in ("hint_sensitivity", "hint_gap"))
-        axis.plot(steps, sensitivity, color=blue, label="hint sensitivity (of the noise, whose size is 1)")
-        axis.plot(steps, abs(gap), "--", color=orange, label="hint gap (of the loss)")
-        axis.plot(steps[gap < 0], -gap[gap < 0], "v", color=orange, markerfacecolor="white", label="gap below 0")
-        if jumps[name]:
-            axis.axvline(jumps[name], color="black", linestyle=":")
-        else:
-            axis.plot(steps[-1:], sensitivity[-1:], ">", color=blue, markerfacecolor="white", markersize=9)
-        if not sensitivity.any():
-            axis.text(0.5, 0.5, "both exactly 0", transform=axis.transAxes, ha="center", va="center")
-        axis.set_title(f"{name}: {f'jump at step {jumps[name]}' if jumps[name] else 'no jump'}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.set_yscale("log")
-        axis.set_ylim(bottom=1e-7)  # below is chance
-    figure.supxlabel("optimizer step", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
