@@ -1,9 +1,12 @@
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import support.command  # noqa: F401  before torch, so that the suite is not twenty times as slow beside another program
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: two tests run at once
 
 import pytest
 import torch
@@ -26,6 +29,13 @@ FULL_SIZE_EXTRAS = {  # what real files hold beside the four parts
     "model_ema.diffusion_modelinput_blocks00weight": (8,),
     "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
 }  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, as they share fixtures; those of full size in one, for their memory."""
+    for item in items:
+        group = "full size" if item.get_closest_marker("slow") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
