@@ -3,6 +3,8 @@
 from copy import copy
 from pathlib import Path
 
+from support.command import run_command_line
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,6 +14,7 @@ from support.colours import COLOURS
 from support.hub import fetch_folder
 from support.listing import content_of_pair, open_pair, read_listing
 from support.pictures import fit_image, open_image
+from support.pictures_to_pairs import make_pairs
 
 DRAWN_PAIRS = {"drawn": 1000, "drawn-palette": 8000}  # --data: the hint is a ring, or the two colours
 STRIPES = 16  # of a palette
@@ -168,3 +171,7 @@ def open_pairs(source: str, resolution: int, seed: int, held_out: int) -> tuple[
     if spared == 0:
         return pairs, pairs.select(slice(held_out))
     return pairs.select(slice(-spared)), pairs.select(slice(-spared, None))
+
+
+if __name__ == "__main__":
+    run_command_line(make_pairs)  # a folder of pairs from your own pictures

@@ -121,7 +121,7 @@ def count_training(args: Namespace, make_base: Callable, assemble: Callable, tra
     """The bytes at the peak of each phase, and what else a training takes, as a dict, by train.py's own parts."""
     previews, side = args.validation_steps > 0, args.resolution
     # To begin with a ControlNet takes what a fresh copy takes. Previews are sampled here, in one step, and not written.
-    args = Namespace(**vars(args) | {"controlnet": None, "validation_steps": 0, "device": "cpu"})
+    args = Namespace(**vars(args) | {"controlnet": None, "validation_steps": 0, "device": "cpu", "compile": False})
     args.mixed_precision = "bf16" if args.mixed_precision == "auto" else args.mixed_precision
     run, sd = Run(args), make_base(args.base).requires_grad_(False)
     run.rank, run.processes, run.writes = 0, 1, True

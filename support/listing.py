@@ -16,14 +16,13 @@ from PIL import Image
 from support.errors import UserError, reading
 from support.pictures import is_picture, open_image, sound_size
 
+# Listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images.
 IMAGE_FOLDER = (
     ("conditioning_image", "conditioning_image_file_name"), ("file_name", "image", "image_file_name"),
     ("text", "caption"),
 )  # fmt: skip
-LAYOUTS = {  # listing -> its keys for hint, target and prompt: fill50k's, and those of Hugging Face's folders of images
-    "prompt.json": (("source",), ("target",), ("prompt",)), "metadata.jsonl": IMAGE_FOLDER,
-    "metadata.csv": IMAGE_FOLDER,
-}  # fmt: skip
+LAYOUTS = {"prompt.json": (("source",), ("target",), ("prompt",))}
+LAYOUTS |= dict.fromkeys(("metadata.jsonl", "metadata.csv"), IMAGE_FOLDER)
 UNPACK = (  # the rows of a data set with the usual columns, as pair_by_name reads them
     "import datasets; [(r['conditioning_image'].save(f'source/{i}.png'), r['image'].save(f'target/{i}.png'), "
     "open(f'target/{i}.txt', 'w').write(r['text'])) for i, r in enumerate(datasets.load_dataset('%s')['train'])]"
@@ -42,15 +41,13 @@ class Entry(NamedTuple):
 
 def read_listing(root: Path) -> list[Entry]:
     """The pairs of a folder. Their files exist; they are not opened yet."""
-    if not (listing := find_listing(root)):
-        return pair_by_name(root)
-    if not (entries := find_entries(listing)):
-        raise UserError(f"{listing} has no entries: add one line each")
-    return collect(entries, lambda entry: read_entry(*entry, root, LAYOUTS[listing.name]), listing)
+    if listing := find_listing(root, LAYOUTS):
+        return [Entry(*entry) for entry in read_entries(listing, *LAYOUTS[listing.name])]
+    return pair_by_name(root)
 
 
-def find_listing(root: Path) -> Path | None:
-    return next((root / name for name in LAYOUTS if (root / name).is_file()), None)
+def find_listing(root: Path, names: Iterable[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def pair_by_name(root: Path) -> list[Entry]:
@@ -63,20 +60,25 @@ def pair_by_name(root: Path) -> list[Entry]:
     def read(target: Path) -> Entry:
         if target.stem not in hints:
             raise UserError(f"{target}: no picture of that name in {root / 'source'}")
-        if not (text := target.with_suffix(".txt")).is_file():
-            raise UserError(f"{target}: no caption: write it into {text.name} beside it")
-        return Entry(str(target), hints[target.stem], target, " ".join(read_text(text).split()))
+        return Entry(str(target), hints[target.stem], target, read_caption(target))
 
     return collect(targets.values(), read, root)
 
 
 def why_nothing_is_listed(root: Path) -> str:
-    if below := find_listing(root / "train"):
+    if below := find_listing(root / "train", LAYOUTS):
         return f"{root} has no listing, but {below.parent} has one: pass that folder"
     if next(root.glob("*.parquet"), None) or next(root.glob("*/*.parquet"), None):
         return f'{root} has parquet files: unpack them with mkdir source target; python -c "{UNPACK % root.resolve()}"'
     return (f"{root / 'prompt.json'}: no such file; the data folder needs it, as fill50k has, or a metadata.jsonl, or "
             "source/ and target/ with pictures of equal names")  # fmt: skip
+
+
+def read_entries(listing: Path, *names: tuple[str, ...]) -> list[tuple]:
+    """(where it is listed, path, …, text) of each entry; `names` are the keys of each path and of the text."""
+    if not (entries := find_entries(listing)):
+        raise UserError(f"{listing} has no entries: add one line each")
+    return collect(entries, lambda entry: read_entry(*entry, listing.parent, names), listing)
 
 
 def find_entries(listing: Path) -> list[tuple[str, object]]:
@@ -97,8 +99,8 @@ def find_entries(listing: Path) -> list[tuple[str, object]]:
     return [(f"{listing} line {number}", line) for number, line in lines if line.strip()]
 
 
-def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> Entry:
-    """An entry of a listing, or its JSON text."""
+def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ...], ...]) -> tuple:
+    """An entry of a listing, or its JSON text -> (place, path, …, text)."""
     expected = "{" + ", ".join(f'"{keys[0]}": …' for keys in names) + "}"
     try:
         entry = json.loads(entry) if isinstance(entry, str) else entry
@@ -117,7 +119,7 @@ def read_entry(place: str, entry: object, root: Path, names: tuple[tuple[str, ..
             raise UserError(f"{place}: {name!r} lies outside the folder; move the picture into it, or a link to it")
         if not os.path.isfile(root / name):
             raise UserError(f"{place}: {root / name}: no such file; correct the path")
-    return Entry(place, *(root / name for name in pictures), prompt)
+    return place, *(root / name for name in pictures), prompt
 
 
 def read_text(path: Path) -> str:
@@ -126,6 +128,13 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def read_caption(picture: Path) -> str:
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        raise UserError(f"{picture}: no caption: write it into {text.name} beside it")
+    return " ".join(read_text(text).split())
 
 
 def collect(items: Iterable, read: Callable, source: str | Path) -> list:

@@ -1,18 +1,16 @@
 """Hints made from photographs."""
 
 import json
-import re
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE, run_main
+from standin import SAMPLE, run_main
 
 import sample
-from data import DrawnImages, PairedImages
+from data import DrawnImages
 from support.detect import detector, is_inverted
 from support.pictures import fit_image, open_image, read_strip, save_picture, to_picture
 from weights import save_controlnet
@@ -83,16 +81,3 @@ def test_a_hint_that_is_dark_on_white(controlnet, nano, tmp_path, monkeypatch, c
         assert capsys.readouterr().err.count(f"warning: {tmp_path / 'dark.png'}: the hint is dark on white") == warnings
     shown, _ = read_strip(tmp_path / "out.png", 2)
     assert (shown - (hint * 2 - 1)).abs().max() <= 2 / 127.5  # rounded to 8 bits twice
-
-
-def test_pairs_of_ones_own(tmp_path, monkeypatch):
-    """The code in docs/data.md makes what train.py reads: a picture as it is cut for it, its edges, its caption."""
-    code = re.search("```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)[1]
-    monkeypatch.chdir(tmp_path)
-    Path("PHOTOGRAPHS").mkdir()
-    Image.open(TARGET).resize((160, 128)).save("PHOTOGRAPHS/a.jpg")
-    Path("PHOTOGRAPHS/a.txt").write_text("a disc, coral\n")
-    exec(code, {})
-    pairs, picture = PairedImages("PAIRS", 512), fit_image(open_image(Path("PHOTOGRAPHS/a.jpg")), 512)
-    assert pairs.prompts == ["a disc, coral"] and torch.equal(pairs.hint(0), detector("canny")(picture))
-    assert (pairs.image(0) - 2 * picture + 1).abs().max() < 0.01

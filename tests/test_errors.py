@@ -70,6 +70,8 @@ MISTAKES = {
     "sample --base NANO --output {}/a_file/out.png --resolution 64": "a_file .*choose another folder",
     "sample --control-start 0.6 --control-end 0.4": "--control-start 0.6 is after --control-end 0.4: swap",
     f"sample {CONTROL} {TWO} {{}}/wide.png": "different shapes.* crop them alike",
+    "data --from-pictures {}/pictures --output {}/out": "--detect canny or scribble.* its own target",
+    "data --from-pictures {}/nowhere --detect canny --output {}/out": "nowhere has no pictures: .*PNG",
     "tools.convert {}/lite.safetensors {}/out --layout diffusers": "lite.safetensors.* ControlNet-lite",
     "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
     "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",

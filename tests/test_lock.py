@@ -17,7 +17,7 @@ STARTS = int(os.environ.get("STARTS", "1"))
 
 
 def owned(folder):
-    return Run(Namespace(output_dir=folder, device="cpu", resume_from_checkpoint=None))
+    return Run(Namespace(output_dir=folder, device="cpu", resume_from_checkpoint=None, compile=False))
 
 
 def test_only_one_has_it(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from standin import SAMPLE, equal, read_run
+from standin import HINT_CHANNELS, NANO, SAMPLE, equal, read_run
 
 import convergence
 import data
@@ -26,6 +27,7 @@ from support.errors import UserError
 from support.files import read_tensors
 from support.pictures import MARGIN
 from support.randomness import generator_for, index_batches
+from unet import UNet
 from weights import load_controlnet, load_decoders, official_state_dict
 
 
@@ -92,6 +94,14 @@ def test_the_response_is_zero_before_the_first_step(nano, tmp_path, monkeypatch)
     monkeypatch.setattr(convergence, "generate", None)  # the base's samples are kept with the run: resuming reads them
     again = HeldOut(sd, pairs, 0, tmp_path)
     assert torch.equal(first.step_0, again.step_0) and first.base_scores == again.base_scores != {}
+
+
+def test_one_graph():
+    """No kind of block in UNet and ControlNet makes torch.compile start a second graph (--compile)."""
+    unet = UNet(replace(NANO[0], channel_mult=(1, 1), num_res_blocks=1, attention_levels=(0,))).requires_grad_(False)
+    denoiser = Denoiser(unet, ControlNet.from_unet(unet, HINT_CHANNELS, connection="gaussian"))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 77, 16), torch.rand(2, 3, 64, 64)
+    assert torch.equal(torch.compile(denoiser, fullgraph=True, backend="eager")(*inputs), denoiser(*inputs))
 
 
 def test_accumulation_counts_optimizer_steps(trained, monkeypatch):
@@ -260,6 +270,16 @@ def test_what_a_controlnet_brings(trained, tmp_path):
     assert read_tensors(folder / "controlnet.safetensors")[1]["copy"] == "lite"
     with pytest.raises(UserError, match="are for a fresh copy"):
         trained("--controlnet", made, "--copy", "lite")
+
+
+def test_compiling_is_tried_first(tmp_path, trained, monkeypatch):
+    """Without a compiler it is one line, before the base is loaded or a folder made."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
+    monkeypatch.setattr(StableDiffusion, "load", None)
+    with pytest.raises(UserError, match=r"^--compile does not work here \(.*compiler.*\): install a C\+\+ compiler"):
+        trained("--compile")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
