@@ -12,9 +12,10 @@ from unet import Block, UNet, UNetConfig, encoder_channels
 HINT_CHANNELS = (16, 32, 96, 256)
 GUESS_DECAY = 0.825  # as released; 10^(-1/12), rounded, would let the 13 factors run from 0.1 to 1, as in diffusers
 CONTROL_MODES = {  # factors of the 13 residuals; in all but "uniform" only guidance's conditional side sees the hint
-    "uniform": [1.0] * 13,
+    "uniform": [1.0] * 13,  # as released
     "conditional": [1.0] * 13,
-    "guess": [GUESS_DECAY ** (12 - i) for i in range(13)],
+    "guess": [GUESS_DECAY ** (12 - i) for i in range(13)],  # as released
+    # The paper's w_i = 64/h_i (Sec. 3.4), at any size the latent's side over the feature's; the released code has none.
     "resolution": [1.0] * 3 + [2.0] * 3 + [4.0] * 3 + [8.0] * 4,
 }
 
@@ -164,13 +165,7 @@ class Denoiser(nn.Module):
 
 
 def control_weights(mode: str, strength: float = 1.0) -> list[float]:
-    """A factor for each of the 13 residuals, in their order (shallow to deep, the middle last).
-
-    "uniform" and "conditional": 1; which sides of guidance see the hint sets them apart (sample.generate). "guess":
-    0.825^(12 - i), as released. "resolution": the paper's w_i = 64/h_i (Sec. 3.4), at any size the latent's side over
-    the feature's; the released code has no such formula.
-    Raises ValueError for other modes.
-    """
+    """A factor for each of the 13 residuals, shallow to deep, the middle last. Raises ValueError for other modes."""
     if mode not in CONTROL_MODES:
         raise ValueError(f"control mode is one of {', '.join(CONTROL_MODES)}, not {mode!r}")
     return [strength * weight for weight in CONTROL_MODES[mode]]

@@ -60,7 +60,7 @@ class Painter:
         yield {"hint": to_picture(hint * 2 - 1), "notes": notes}
         yield {"alone": to_picture(alone := self.alone(tuple(hint.shape[1:]), prompt, **settings))}
         settings |= {"strengths": [strength], "control_mode": mode}
-        settings["watch"] = lambda images: show({"predicted": to_picture(images[0])})
+        settings["watch"] = lambda z_0: show({"predicted": to_picture(self.sd.decode_latents(z_0)[0])})
         while (step := next_snapshot(steps, distances)) is not None:
             image = generate(self.sd, [self.controlnet(step)], [hint[None]], [prompt], **settings)[0]
             distances[step] = (image - alone).square().mean().sqrt().item() / 2  # in shares of the brightness

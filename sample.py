@@ -1,18 +1,17 @@
 """Hint and prompt to picture: guided DDIM sampling with any number of ControlNets, and its command line."""
 
+import math
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 from support.command import run_command_line
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from controlnet import CONTROL_MODES, ControlNet, add_residuals, control_weights
-from diffusion import NoiseSchedule, ddim, guided_noise
+from diffusion import EpsFn, NoiseSchedule, ddim, guided_noise
 from formats.diffusers import CONTROLNET_FILES
 from stable_diffusion import StableDiffusion
 from support import options
@@ -32,70 +31,72 @@ def generate(
     sd: StableDiffusion, controlnets: list[ControlNet], hints: list[Tensor], prompts: list[str], *,
     negative_prompt: str = "", steps: int = 20, guidance_scale: float = 9.0, strengths: list[float] | None = None,
     control_mode: str = "uniform", control_start: float = 0.0, control_end: float = 1.0, seed: int = 0,
-    size: tuple[int, int] | None = None, progress: bool = False, watch: Callable[[Tensor], None] | None = None,
+    size: tuple[int, int] | None = None, watch: Callable[[Tensor], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample one image for each prompt: [B, 3, H, W] in [-1, 1].
 
     `hints` has one [B, 3, H, W] in [0, 1] for each ControlNet, H and W multiples of 64; without any, `size` is (H, W).
-    Image i starts from the noise of seed + i, whatever stands beside it. The residuals of several ControlNets are added
-    (Fig. 6), each times its strength and control_weights(control_mode). In the mode "uniform" both sides of guidance
-    see the hint, as released; else only the conditional one does, as in the paper (Sec. 3.4) and in the released guess
-    mode, and no ControlNet runs for the other. None runs before the share `control_start` of the steps, nor after
-    `control_end`. A UNet in half precision runs under autocast. `watch` is shown the images as predicted at each step.
+    Image i starts from the noise of seed + i, whatever stands beside it. No ControlNet runs before the share
+    `control_start` of the steps, nor after `control_end`. `watch` is shown the z_0 that each step predicts.
     Raises ValueError if a hint's batch is not the prompts'.
     """
     if any(len(hint) != len(prompts) for hint in hints):
         raise ValueError(f"{len(prompts)} prompts, but {[len(hint) for hint in hints]} hints: one for each image")
     height, width = hints[0].shape[2:] if hints else size
-    latent_shape = (sd.unet.config.in_channels, height // 8, width // 8)
+    shape, images = (sd.unet.config.in_channels, height // 8, width // 8), []
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]  # on the CPU: alike everywhere
-    noise = torch.stack([torch.randn(latent_shape, generator=generator) for generator in generators]).to(sd.device)
-    sides = 1 if guidance_scale == 1.0 else 2  # of guidance: at 1 the unconditional one cancels out
-    hinted = sides if control_mode == "uniform" else 1  # sides that see the hint: both, or the conditional one
-    weights = [control_weights(control_mode, strength) for strength in strengths or [1.0] * len(controlnets)]
-
-    def decode(z: Tensor) -> Tensor:
-        return torch.cat([sd.decode_latents(latent) for latent in z.split(1)])  # one by one: this needs the most memory
-
-    def sample_batch(z_T: Tensor, prompts: list[str], *hints: Tensor) -> Tensor:
-        contexts = [sd.encode_prompts([negative_prompt]).expand(len(prompts), -1, -1), sd.encode_prompts(prompts)]
-        with sd.autocast():
-            conditions = [net.hint_encoder(hint.to(sd.device)) for net, hint in zip(controlnets, hints, strict=True)]
-        step = count()
-
-        def control(z: Tensor, t: Tensor) -> list[Tensor]:
-            """The weighted residuals of all ControlNets; 0 for a side that does not see the hint."""
-            z, t, context, lists = z.repeat(hinted, 1, 1, 1), t.repeat(hinted), torch.cat(contexts[-hinted:]), []
-            for net, condition, factors in zip(controlnets, conditions, weights, strict=True):
-                residuals = net.residuals(z, condition.repeat(hinted, 1, 1, 1), t, context)
-                lists.append([factor * residual for factor, residual in zip(factors, residuals, strict=True)])
-            unseeing = (sides - hinted) * len(prompts)
-            return [F.pad(residual, (0, 0, 0, 0, 0, 0, unseeing, 0)) for residual in add_residuals(*lists)]
-
-        def eps_fn(z: Tensor, t: Tensor) -> Tensor:
-            done = next(step)
-            controlled = controlnets and done / steps >= control_start and (done + 1) / steps <= control_end
-            with sd.autocast():  # both sides of guidance in one batch, the unconditional one first
-                both = z.repeat(sides, 1, 1, 1), t.repeat(sides), torch.cat(contexts[-sides:])
-                eps = sd.unet(*both, control(z, t) if controlled else None).float()
-            bar.update()
-            return guided_noise(*eps.chunk(2), guidance_scale) if sides == 2 else eps
-
-        show = watch and (lambda predicted_z0: watch(decode(predicted_z0)))
-        z_0 = ddim(eps_fn, z_T, NoiseSchedule(), steps, watch=show)
+    z_T = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(sd.device)
+    controlled = [done / steps >= control_start and (done + 1) / steps <= control_end for done in range(steps)]
+    settings = negative_prompt, guidance_scale, strengths or [1.0] * len(controlnets), control_mode, controlled
+    for first in range(0, len(prompts), AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        eps_fn = guided_eps(sd, controlnets, [hint[some] for hint in hints], prompts[some], *settings)
+        z_0 = ddim(eps_fn, z_T[some], NoiseSchedule(), steps, watch=watch)
         if not z_0.isfinite().all():
             raise UserError("what was sampled is not finite: take a --strength and a --guidance-scale nearer to 1, "
                             "--precision fp32, or another ControlNet")  # fmt: skip
-        return decode(z_0)
+        images += [sd.decode_latents(z) for z in z_0.split(1)]  # one by one: this needs the most memory
+    return torch.cat(images)
 
-    texts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
-    with tqdm(total=steps * len(texts), desc="sampling", disable=not progress) as bar:
-        batches = zip(noise.split(AT_ONCE), texts, *(hint.split(AT_ONCE) for hint in hints))
-        return torch.cat([sample_batch(*batch) for batch in batches])
+
+def guided_eps(
+    sd: StableDiffusion, controlnets: list[ControlNet], hints: list[Tensor], prompts: list[str], negative_prompt: str,
+    scale: float, strengths: list[float], mode: str, controlled: list[bool],
+) -> EpsFn:  # fmt: skip
+    """ε_prd of Sec. 3.4 as DDIM calls it, step by step, with ControlNets at those that are `controlled`.
+
+    In the mode "uniform" both sides of guidance see the hints, as released; else ε_c alone does, as in the paper and in
+    the released guess mode, and no ControlNet runs for ε_uc.
+    """
+    sides = 1 if scale == 1 else 2  # at 1 ε_uc cancels out
+    hinted = sides if mode == "uniform" else 1  # sides that see the hints
+    contexts = [sd.encode_prompts([negative_prompt]).expand(len(prompts), -1, -1), sd.encode_prompts(prompts)]
+    context, seeing = torch.cat(contexts[-sides:]), slice(-hinted * len(prompts), None)  # rows of the batch
+    with sd.autocast():
+        conditions = [net.hint_encoder(hint.to(sd.device)) for net, hint in zip(controlnets, hints, strict=True)]
+
+    def control(z: Tensor, t: Tensor) -> list[Tensor]:
+        """The residuals of all ControlNets, each times its weight, added (Fig. 6); 0 for a side that sees no hint."""
+        lists = []
+        for net, condition, strength in zip(controlnets, conditions, strengths, strict=True):
+            residuals = net.residuals(z[seeing], torch.cat([condition] * hinted), t[seeing], context[seeing])
+            lists.append([w * r for w, r in zip(control_weights(mode, strength), residuals, strict=True)])
+        unseeing = (sides - hinted) * len(prompts)
+        return [torch.cat([r.new_zeros(unseeing, *r.shape[1:]), r]) for r in add_residuals(*lists)]
+
+    steps = iter(controlled)
+
+    def eps_fn(z: Tensor, t: Tensor) -> Tensor:
+        z, t = torch.cat([z] * sides), torch.cat([t] * sides)  # ε_uc and ε_c in one batch
+        with sd.autocast():  # for a UNet in half precision
+            eps = sd.unet(z, t, context, control(z, t) if next(steps) and controlnets else None).float()
+        return guided_noise(*eps.chunk(2), scale) if sides == 2 else eps
+
+    return eps_fn
 
 
 def locate_controlnet(source: str | Path) -> Path:
-    """Where the ControlNet that --controlnet means lies, after a download if need be. Raises UserError as locate."""
+    """Where the ControlNet that --controlnet means lies, after a download if need be."""
     return locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE")
 
 
@@ -163,12 +164,14 @@ def main() -> None:
         warn_if_inverted(path, hint)
     make_folder(args.output.absolute().parent)
 
-    images = generate(
-        sd, controlnets, [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
-        [args.prompt] * args.num_samples, negative_prompt=args.negative_prompt, steps=args.sampling_steps,
-        guidance_scale=args.guidance_scale, strengths=args.strength, control_mode=args.control_mode, seed=args.seed,
-        control_start=args.control_start, control_end=args.control_end, size=(args.resolution,) * 2, progress=True,
-    )  # fmt: skip
+    with tqdm(total=args.sampling_steps * math.ceil(args.num_samples / AT_ONCE), desc="sampling") as bar:
+        images = generate(
+            sd, controlnets, [hint.expand(args.num_samples, -1, -1, -1) for hint in hints],
+            [args.prompt] * args.num_samples, negative_prompt=args.negative_prompt, steps=args.sampling_steps,
+            guidance_scale=args.guidance_scale, strengths=args.strength, control_mode=args.control_mode,
+            control_start=args.control_start, control_end=args.control_end, seed=args.seed,
+            size=(args.resolution,) * 2, watch=lambda z_0: bar.update(),
+        )  # fmt: skip
     save_samples(images, hints, args.output, args.seed, {name: getattr(args, name) for name in args.deciding})
     print(f"wrote {args.output} ({'hint, ' if hints else ''}{len(images)} samples)")
 

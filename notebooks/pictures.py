@@ -1,6 +1,5 @@
 """Pictures of what trainings learn, with words in matplotlib's font: samples, curves, and README's animation."""
 
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,7 +70,10 @@ def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
         axis.plot(steps, abs(gap), "--", color="#d55e00", label="hint gap (of the loss)")
         axis.plot(steps[gap < 0], -gap[gap < 0], "v", color="#d55e00", markerfacecolor="white", label="gap below 0")
         jump = jump_step(log)
-        axis.axvline(jump or math.nan, color="black", linestyle=":")
+        if jump:
+            axis.axvline(jump, color="black", linestyle=":")
+        else:
+            axis.plot(steps[-1:], sensitivity[-1:], ">", color="#0072b2", markerfacecolor="white", markersize=9)
         if not sensitivity.any():
             axis.text(0.5, 0.5, "both exactly 0", transform=axis.transAxes, ha="center", va="center")
         axis.set_title(f"{name}: {f'jump at step {jump}' if jump else 'no jump'}", fontsize=10)

@@ -68,7 +68,7 @@ def our_side(args: Namespace, base: Path, control: Path | None) -> tuple[Numbers
     hints = [given["hint"]] * len(controlnets)
     numbers["sample"] = generate(
         sd, controlnets, hints, PROMPTS[:1], steps=args.steps, guidance_scale=GUIDANCE_SCALE,
-        size=(args.resolution,) * 2, progress=True,
+        size=(args.resolution,) * 2,
     )  # fmt: skip
     sizes = {"unet": sd.unet.config, "vae": sd.vae.config, "text": sd.text_encoder.config}
     return numbers, sizes | {"latent_scale": sd.latent_scale}, sd.tokenizer
