@@ -31,7 +31,7 @@ from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
 from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
 from vae import sample_latent
-from weights import load_controlnet, load_decoders
+from weights import load_controlnet, load_decoder
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which train.py measures hint sensitivity and gap, one held-out pair each
@@ -250,15 +250,15 @@ def main() -> None:
     history = []
     for step, path in checkpoints.items():
         controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
-        if load_decoders(sd.unet, [path]) and not history:
+        if load_decoder(sd.unet, path) and not history:
             print("its decoder was trained too: the column none is the base with that decoder")
         place_for_sampling(sd, [controlnet], device, precision)
         measured = measure(sd, controlnet, pairs, args.seed)
         if step == max(checkpoints):
             print_table(measured)
         print(f"{path}: {summary(measured)}; {verdict(measured)}")
-        fields = {"heldout_loss": "own", "hint_sensitivity": "sensitivity", "hint_gap": "gap"}
-        history.append({"step": step} | {field: measured.figures()[name][0] for field, name in fields.items()})
+        (loss, _), (gap, _), (sensitivity, _) = (measured.figures()[name] for name in ("own", "gap", "sensitivity"))
+        history.append({"step": step, "heldout_loss": loss, "hint_sensitivity": sensitivity, "hint_gap": gap})
     if len(history) > 1:
         plot_convergence({args.controlnet: history}, args.output)
         print(f"wrote {args.output}")

@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from controlnet import CONTROL_MODES, ControlNet
-from sample import generate, load_to_sample, locate_controlnet
+from convergence import find_checkpoints
+from sample import generate, load_to_sample
 from stable_diffusion import StableDiffusion
 from support import options
-from support.checkpoints import find_snapshots
 from support.detect import add_options, detector, is_inverted
 from support.devices import choose_device, sampling_precision
 from support.errors import UserError
 from support.log import read_log
 from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
-from weights import load_controlnet, load_decoders
+from weights import load_controlnet, load_decoder
 
 SHIPPED = Path(__file__).parent / "models" / "fill50k" / "controlnet.safetensors"
 
@@ -72,35 +72,29 @@ def parse_arguments():
     parser = options.ArgumentParser(description="A page where one draws a hint and sees what a ControlNet makes of it.")
     add = parser.add_argument
     add("--base", help=options.BASE)
-    add("--controlnet", help=f"{options.CONTROLNET} (default: the miniature's)")
-    add("--run", type=Path, help="a training's folder, whose snapshots a slider moves through")
+    told = f"a training's folder, with a slider through it; or {options.CONTROLNET} (default: the miniature's)"
+    add("--run", "--controlnet", dest="controlnet", default=SHIPPED, help=told)
     add_options(parser)  # --detect, --canny-low, --canny-high
     options.add_placing(parser)  # --precision, --resolution, --device
     add("--port", type=options.port, default=7860, help="of the page's address (default: 7860)")
-    args = parser.parse_args()
-    if args.run and args.controlnet:
-        raise UserError("--run brings its ControlNets: leave out --controlnet")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     page = Page(args.port)  # a taken port is said before anything is loaded
     device = choose_device(args.device)
-    if args.run:
-        trained_with, paths = find_snapshots(args.run)
-        args.base, args.resolution = args.base or trained_with["base"], args.resolution or trained_with["resolution"]
-        vae = trained_with.get("vae", "")
-    else:
-        vae, paths = "", {0: locate_controlnet(args.controlnet or SHIPPED)}
-    sd, _ = load_to_sample(args.base or "tiny", [], device, sampling_precision(args.precision, device), vae)
-    if load_decoders(sd.unet, [paths[max(paths)]]):
+    paths, trained_with = find_checkpoints(args.controlnet)
+    base, vae = args.base or trained_with.get("base", "tiny"), trained_with.get("vae", "")
+    sd, _ = load_to_sample(base, [], device, sampling_precision(args.precision, device), vae)
+    if load_decoder(sd.unet, paths[max(paths)]):
         raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
     detect = detector(args.detect, args.canny_low, args.canny_high)
-    painter = Painter(sd, paths, args.resolution or sd.preset.resolution, detect)
+    resolution = args.resolution or trained_with.get("resolution", sd.preset.resolution)
+    painter = Painter(sd, paths, resolution, detect)
     painter.controlnet(max(paths))  # so that a wrong file is reported before the page opens
     sd.unet.register_forward_pre_hook(lambda *_: page.check())  # at each DDIM step: does anyone still wait?
-    page.serve(painter, CONTROL_MODES, args.detect, read_log(args.run / "log.jsonl") if args.run else [])
+    page.serve(painter, CONTROL_MODES, args.detect, read_log(Path(args.controlnet) / "log.jsonl"))
 
 
 if __name__ == "__main__":

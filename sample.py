@@ -21,7 +21,7 @@ from support.errors import UserError, warn_if_cut
 from support.files import make_folder
 from support.hub import locate
 from support.pictures import fit_image, open_image, save_samples
-from weights import load_controlnet, load_decoders
+from weights import load_controlnet, load_decoder
 
 AT_ONCE = 8  # images in a batch, to bound the memory
 
@@ -106,7 +106,8 @@ def load_to_sample(
     """A base and the ControlNets in `paths`, with a decoder that one of them brings; on `device`, which is printed."""
     sd = StableDiffusion.load(base, vae)
     controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
-    load_decoders(sd.unet, paths)
+    if sum(load_decoder(sd.unet, path) for path in paths) > 1:
+        raise UserError(f"several of {', '.join(map(str, paths))} bring a decoder of their own: use one at a time")
     print(f"sampling on {describe(device)}")
     warn_if_slow(sd.unet, device)
     place_for_sampling(sd, controlnets, device, precision)
@@ -115,8 +116,8 @@ def load_to_sample(
 
 def parse_arguments():
     parser = options.ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
-    add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
-    ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
+    add, finite = parser.add_argument, options.finite_float
+    ddim_steps = options.number(int, lambda value: 1 <= value < 1000, "a whole number from 1 to 999")
     add("--base", default="tiny", help=options.BASE)
     add("--vae", default="", help=options.VAE)
     add("--controlnet", action="append", default=[], help=f"{options.CONTROLNET}; repeatable")

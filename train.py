@@ -27,7 +27,7 @@ from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent
-from weights import load_controlnet, load_decoders, save_trained
+from weights import load_controlnet, load_decoder, save_trained
 
 
 def parse_arguments():
@@ -85,7 +85,7 @@ def prepare(run: Run) -> tuple:
     if args.controlnet:
         path = locate_controlnet(args.controlnet)
         controlnet = load_controlnet(path, sd.unet)
-        if load_decoders(sd.unet, [path]) and not args.unlock_decoder:
+        if load_decoder(sd.unet, path) and not args.unlock_decoder:
             raise UserError(f"{path} brings a decoder that was trained with it: add --unlock-decoder")
         args.copy = "lite" if controlnet.lite else "full"
         run.say(f"starting from the ControlNet in {path} ({args.copy}), no fresh copy of the base's encoder")

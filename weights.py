@@ -35,8 +35,7 @@ def official_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def load_official(module: nn.Module, tensors: Mapping[str, Tensor], source: str = "checkpoint") -> None:
     """Load a UNet, AutoencoderKL, CLIPTextModel or ControlNet from tensors under their full official names.
 
-    Other networks' tensors beside them are ignored. `source` names the file in errors. Raises UserError for the first
-    missing, misshapen or unknown tensor, with its shapes and the likely cause; the module is then unchanged.
+    Other networks' tensors beside them are ignored. An error, which names `source`, leaves the module unchanged.
     """
     load(module, pick(tensors, type(module), source))
 
@@ -82,27 +81,20 @@ def save_controlnet(
 
 def save_trained(denoiser: Denoiser, path: Path, metadata: dict[str, str], dtype: torch.dtype | None = None) -> None:
     """Write what train.py trained: the ControlNet, and a decoder, which sample.py then loads into the base."""
-    decoder, names = {}, official_names(denoiser.unet)
-    if len(denoiser.trained) > 1:
-        metadata = metadata | {"unlock_decoder": "true"}
-        tensors = denoiser.unet.state_dict()
-        decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder, dtype=dtype)
+    names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
+    decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
+    told = {"unlock_decoder": "true"} if decoder else {}
+    save_controlnet(denoiser.controlnet, path, metadata=metadata | told, others=decoder, dtype=dtype)
 
 
-def load_decoders(unet: UNet, paths: list[Path]) -> bool:
-    """Load a decoder that was trained with one of the ControlNets (--unlock-decoder); True if one was. Not of two."""
-    found, names = {}, official_names(unet)
-    for path in paths:
-        folder = path.parent if path.name == STATE else path
-        if is_checkpoint(folder):
-            decoder = {names[name]: tensor for name, tensor in read_trained(folder)[1].items()}
-        else:
-            tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
-            decoder = tensors if "unlock_decoder" in metadata else {}
-        found |= {path: decoder} if decoder else {}
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(map(str, found))} both bring a decoder of their own: use one of them at a time")
-    for path, decoder in found.items():
+def load_decoder(unet: UNet, path: Path) -> bool:
+    """Load the decoder that was trained with a ControlNet (--unlock-decoder); False if none was."""
+    folder, names = path.parent if path.name == STATE else path, official_names(unet)
+    if is_checkpoint(folder):
+        decoder = {names[name]: tensor for name, tensor in read_trained(folder)[1].items()}
+    else:
+        tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
+        decoder = tensors if "unlock_decoder" in metadata else {}
+    if decoder:
         load_official(unet, official_state_dict(unet) | decoder, str(path))
-    return bool(found)
+    return bool(decoder)

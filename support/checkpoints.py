@@ -83,14 +83,6 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in named.items() if step.isdecimal()))
 
 
-def find_snapshots(run: Path) -> tuple[dict, dict[int, Path]]:
-    """The options of a training, and its snapshots by step. Raises UserError if there are none that can be shown."""
-    config, paths = read_json(run / CONFIG), steps_in(run / "snapshots", ".safetensors")
-    if not paths:
-        raise UserError(f"{run / 'snapshots'} has no snapshots: train with --snapshot-steps 10")
-    return config, paths
-
-
 def newest(run: Path) -> Path | None:
     """The newest checkpoint in a run's folder; None if it was stopped before its first one."""
     found = steps_in(run / "checkpoints")

@@ -14,11 +14,12 @@ from controlnet import ControlNet
 from formats.diffusers import CONTROLNET_FILES, FILE
 from formats.layouts import BARE, OFFICIAL
 from formats.networks import LAYOUTS, read_tokenizer, sizes_in_metadata
+from sample import load_to_sample
 from stable_diffusion import SD15_REPO, StableDiffusion
 from support.files import read_tensors, save_tensors
 from support.hub import locate
 from unet import UNet
-from weights import load_controlnet, load_decoders, load_official, official_state_dict, save_controlnet
+from weights import load_controlnet, load_official, official_state_dict, save_controlnet
 
 DIFFUSERS = LAYOUTS[ControlNet][1]
 UNET = "model.diffusion_model."
@@ -148,12 +149,12 @@ def test_a_file_of_the_wrong_length(tmp_path):
         assert "is longer or shorter than its header says" in refusal(read_tensors, path)
 
 
-def test_two_decoders_are_refused(controlnet, unet, tmp_path):
+def test_two_decoders_are_refused(controlnet, nano, unet, tmp_path):
     """What one decoder does is tested where it is trained."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         save_controlnet(controlnet, path, metadata={"unlock_decoder": "true"})
-    assert "both bring a decoder" in refusal(load_decoders, unet, paths)
+    assert "bring a decoder of their own" in refusal(load_to_sample, nano, paths, torch.device("cpu"), "fp32")
     other = UNet(replace(NANO[0], num_heads=2))
     assert "copied from a base with num_heads 1, this one has 2" in refusal(load_controlnet, paths[0], other)
 

@@ -28,7 +28,7 @@ from support.files import read_tensors
 from support.pictures import MARGIN
 from support.randomness import generator_for, index_batches
 from unet import UNet
-from weights import load_controlnet, load_decoders, official_state_dict
+from weights import load_controlnet, load_decoder, official_state_dict
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_unlocked_decoder_travels_with_the_controlnet(nano, trained, tmp_path):
     decoder = {name for name in before if ".output_blocks." in name or ".diffusion_model.out." in name}
     assert whole.keys() - decoder == {name for name in whole if name.startswith("control_model.")}
     assert all(not torch.equal(before[name], whole[name]) for name in decoder)
-    load_decoders(sd.unet, [folders[0] / "controlnet.safetensors"])
+    load_decoder(sd.unet, folders[0] / "controlnet.safetensors")
     after = official_state_dict(sd.unet)
     assert all(torch.equal(after[name], whole[name] if name in decoder else before[name]) for name in before)
 
