@@ -230,7 +230,7 @@ def main() -> None:
     checkpoints, trained_with = find_checkpoints(args.controlnet)
     for name in ("base", "data", "resolution"):
         setattr(args, name, getattr(args, name) or trained_with.get(name))
-    sd = StableDiffusion.load(args.base or "tiny")
+    sd = StableDiffusion.load(args.base or "tiny", trained_with.get("vae", ""))
     args = options.with_defaults(args, sd.preset)
     if args.data in (*DRAWN_PAIRS, "fill50k"):
         pairs = open_pairs(args.data, args.resolution, 0, args.pairs)[1]
