@@ -17,7 +17,7 @@ from support import options
 from support.detect import add_options, detector, is_inverted
 from support.devices import choose_device, sampling_precision
 from support.errors import UserError
-from support.log import read_log
+from support.files import read_log
 from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
 from weights import load_controlnet, load_decoder

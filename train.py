@@ -19,11 +19,10 @@ from diffusion import NoiseSchedule
 from sample import generate, locate_controlnet
 from stable_diffusion import SD15, SOURCES, TINY, StableDiffusion
 from support import options
-from support.batches import EncodedPairs
+from support.batches import EncodedPairs, open_inputs
 from support.devices import PRECISIONS, place, warn_if_slow
 from support.dry_run import dry_run
 from support.errors import UserError
-from support.inputs import open_inputs
 from support.randomness import NOISE, generator_for
 from support.run import Run
 from vae import sample_latent

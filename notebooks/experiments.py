@@ -31,7 +31,7 @@ import train
 from controlnet import ControlNet
 from convergence import HeldOut
 from stable_diffusion import SD15, TINY, StableDiffusion
-from support.log import read_log, write_log
+from support.files import read_log, write_log
 
 STEPS, RATE = TINY.max_train_steps, TINY.learning_rate
 EQUAL = STEPS // 2  # steps after which trainings are compared: until then the rate is constant in all of them

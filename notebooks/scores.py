@@ -15,8 +15,7 @@ from data import DRAWN_HELD_OUT, DrawnImages, PairedImages, Pairs
 from metrics import circle_iou, colour_error
 from sample import generate
 from stable_diffusion import TINY, StableDiffusion
-from support.files import read_json, save_json
-from support.log import read_log, write_log
+from support.files import read_json, read_log, save_json, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
 from support.verdict import summary, verdict
 from weights import load_controlnet

@@ -145,3 +145,25 @@ def read_json(path: Path, remedy: str = "restore it") -> dict:
 
 def save_json(content: dict, path: str | Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+# A run's log.jsonl, one JSON object a line
+
+
+def read_log(path: Path) -> list[dict]:
+    """A log's entries; none if there is no log. A line that a crash cut short is left out."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def write_log(path: Path, entries: list[dict]) -> None:
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def append_entry(path: Path, entry: dict) -> None:
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -20,8 +20,7 @@ from support import checkpoints, options
 from support.checkpoints import CONFIG
 from support.devices import choose_device, describe, fast_precision, usable_cpus
 from support.errors import UserError, writing
-from support.files import PARTIAL, flush, remove, save_json
-from support.log import append_entry, read_log, write_log
+from support.files import PARTIAL, append_entry, flush, read_log, remove, save_json, write_log
 
 WHAT_A_RUN_LEAVES = (CONFIG, "log.jsonl", "checkpoints", "controlnet.safetensors")
 # What a terminal sends to all processes of a program: Ctrl-C, and its own end, which Windows does not tell.

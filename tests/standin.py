@@ -18,8 +18,7 @@ from clip_text import CLIPTextConfig, Tokenizer, byte_symbols
 from data import draw_fill50k
 from stable_diffusion import SD15
 from support.errors import UserError
-from support.files import read_tensors
-from support.log import read_log
+from support.files import read_log, read_tensors
 from unet import UNet, UNetConfig
 from vae import VAEConfig
 from weights import load_official

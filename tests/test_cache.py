@@ -16,9 +16,8 @@ import support.listing
 import train
 from data import DrawnImages, PairedImages
 from stable_diffusion import StableDiffusion
-from support.batches import Batch, EncodedPairs
+from support.batches import Batch, EncodedPairs, look_at
 from support.errors import UserError
-from support.inputs import look_at
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import train
 from controlnet import ControlNet
 from stable_diffusion import TINY, StableDiffusion
 from support.block_table import block_table
-from support.log import read_log
+from support.files import read_log
 from unet import UNet
 
 sys.path.insert(0, str(ROOT / "notebooks"))
