@@ -170,26 +170,19 @@ def test_broken_listings(name, content, told, tmp_path):
         PairedImages(tmp_path / "data", 64)
 
 
-def test_links(tmp_path):
-    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk."""
-    for path in SAMPLE.rglob("*.*"):
-        link = tmp_path / "files" / path.relative_to(SAMPLE)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-    (tmp_path / "itself").symlink_to(SAMPLE)
-    for folder in ("files", "itself"):
-        assert_like_sample(tmp_path / folder)
-
-
 def test_links_are_followed(tmp_path):
-    """To pictures, and to whole folders; one that leads nowhere but to itself is named."""
+    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk.
+
+    One that leads nowhere but to itself is named.
+    """
     for folder in ("files/source", "files/target", "folders"):
         (tmp_path / folder).mkdir(parents=True)
     for path in ("source", "target", "prompt.json"):
         (tmp_path / "folders" / path).symlink_to(SAMPLE / path)
     for path in SAMPLE.rglob("*.*"):
         (tmp_path / "files" / path.relative_to(SAMPLE)).symlink_to(path)
-    for folder in ("files", "folders"):
+    (tmp_path / "itself").symlink_to(SAMPLE)
+    for folder in ("files", "folders", "itself"):
         assert_like_sample(tmp_path / folder)
     (tmp_path / "files/source/1.png").unlink()
     (tmp_path / "files/source/1.png").symlink_to("1.png")

@@ -8,14 +8,7 @@ import torch
 from PIL import Image, ImageCms
 
 from support.errors import UserError
-from support.pictures import (
-    fit_image,
-    open_image,
-    read_strip,
-    save_picture,
-    side_by_side,
-    to_picture,
-)
+from support.pictures import fit_image, open_image, read_strip, save_picture, side_by_side, to_picture
 
 
 def test_a_strip_is_read_back(tmp_path):
