@@ -14,15 +14,13 @@ from operator import attrgetter
 import pytest
 import torch
 from safetensors.torch import save_file
-from standin import ROOT, SAMPLE, HostilePickle, read_run, same_tensors
+from standin import LATEST, ROOT, SAMPLE, HostilePickle, read_run, refusal, same_tensors
 
 import train
 from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors, save_json, save_tensors, sha256
 from weights import load_controlnet
-
-LATEST = ("--resume-from-checkpoint", "latest")
 
 
 @pytest.fixture
@@ -67,8 +65,7 @@ def test_resumed_equals_uninterrupted(four_steps, trained, nano, tmp_path, capsy
         (["--max-train-steps", "3", *LATEST], "beyond --max-train-steps 3"),
         ([LATEST[0], "step-2"], "invalid choice: 'step-2'"),
     ):
-        with pytest.raises(UserError, match=message):
-            trained(*options)
+        assert message in refusal(trained, *options)
     assert contents(parts) == before
 
 
@@ -156,8 +153,8 @@ def test_checkpoint_of_another_training(four, trained):
         state.unlink()  # which `good` is mapped from
         save_file({key: value for key, value in good.items() if key != name} | changed, state, metadata)
         config.write_text(json.dumps(json.loads(config.read_text()) | {"sha256": sha256(state)}))
-        with pytest.raises(UserError, match="state.safetensors is damaged or no checkpoint of this training"):
-            trained("--max-train-steps", "5", *LATEST)
+        told = refusal(trained, "--max-train-steps", "5", *LATEST)
+        assert "state.safetensors is damaged or no checkpoint of this training" in told
     assert checkpoints(four) == {"step-2", "step-4"} and len(read_run(four)) == 4
 
 
@@ -207,16 +204,16 @@ def test_inputs_are_told_by_their_contents(what, nano, four, trained, four_steps
 
 
 @pytest.mark.parametrize(
-    "module, name, call, saved",
+    "module, name, call, saved, said",
     [
-        ("support.batches", "EncodedPairs.__getitem__", 3, 2),  # the third batch
-        ("support.batches", "EncodedPairs.keep", 4, 1),  # while a target of the second batch is encoded
-        ("torch.optim.adam", "adam", 3, None),  # between two steps there is nothing whole to save
-        ("support.files", "save_file", 4, 2),  # the second checkpoint itself
-        ("train", "export", 2, 4),
+        ("support.batches", "EncodedPairs.__getitem__", 3, 2, False),  # the third batch
+        ("support.batches", "EncodedPairs.keep", 4, 1, True),  # while a target of the second batch is encoded
+        ("torch.optim.adam", "adam", 3, None, False),  # between two steps there is nothing whole to save
+        ("support.files", "save_file", 4, 2, False),  # the second checkpoint itself
+        ("train", "export", 2, 4, True),
     ],
 )
-def test_an_error_loses_no_step(module, name, call, saved, four_steps, trained, tmp_path, monkeypatch, capsys):
+def test_an_error_loses_no_step(module, name, call, saved, said, four_steps, trained, tmp_path, monkeypatch, capsys):
     """Whatever ends a run in its middle, what is done is saved, and goes on as if nothing had been."""
     *classes, name = name.split(".")
     place = attrgetter(*classes)(import_module(module)) if classes else import_module(module)
@@ -233,9 +230,7 @@ def test_an_error_loses_no_step(module, name, call, saved, four_steps, trained, 
         trained(*options)
     folder = tmp_path / "run"
     assert (folder / "checkpoints" / f"step-{saved}").exists() or saved is None
-    assert (f"saved step {saved}: go on with --resume" in capsys.readouterr().out) == (
-        call == 4 and saved == 1 or saved == 4
-    )
+    assert (f"saved step {saved}: go on with --resume" in capsys.readouterr().out) == said
     trained(*options, *LATEST)
     assert read_run(folder) == read_run(four_steps)
     states = (run / "checkpoints" / "step-4" / "state.safetensors" for run in (folder, four_steps))
@@ -243,8 +238,8 @@ def test_an_error_loses_no_step(module, name, call, saved, four_steps, trained, 
 
 
 def test_weights_that_are_not_finite_are_not_saved(trained, tmp_path):
-    with pytest.raises(UserError, match="was not written: .* is not finite"):
-        trained("--max-train-steps", "1", "--learning-rate", "1e39")
+    told = refusal(trained, "--max-train-steps", "1", "--learning-rate", "1e39")
+    assert "was not written: " in told and " is not finite" in told
     assert not list(tmp_path.rglob("step-*")) and not (tmp_path / "run" / "controlnet.safetensors").exists()
 
 
@@ -268,8 +263,7 @@ def test_stopped_before_the_first_checkpoint(trained, tmp_path, monkeypatch, cap
     (tmp_path / "run" / "previews").mkdir()
     for name in ("step-0.png", "step-0 copy.png"):
         (tmp_path / "run" / "previews" / name).write_text("of another resolution, maybe")
-    with pytest.raises(UserError, match="holds a run already"):
-        trained("--max-train-steps", "2")
+    assert "holds a run already" in refusal(trained, "--max-train-steps", "2")
     trained("--max-train-steps", "2", *LATEST)
     assert "resuming from step 0: there is no checkpoint yet" in capsys.readouterr().out
     assert [entry["step"] for entry in read_run(tmp_path / "run")] == [1, 2]
@@ -280,7 +274,6 @@ def test_what_may_change_on_resume(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert train.parse_arguments().deciding == [
         "base", "vae", "data", "controlnet", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-        "learning_rate",
-        "cooldown", "proportion_empty_prompts", "resolution", "seed", "mixed_precision", "validation_hints",
-        "hint_init", "connection", "copy", "only_mid_control", "unlock_decoder",
+        "learning_rate", "cooldown", "proportion_empty_prompts", "resolution", "seed", "mixed_precision",
+        "validation_hints", "hint_init", "connection", "copy", "only_mid_control", "unlock_decoder",
     ]  # fmt: skip
