@@ -85,11 +85,13 @@ def quick(nano):
 
 @pytest.fixture(scope="session")
 def trained_in(quick):
-    """trained_in(folder, *options): a short training, in this process."""
+    """trained_in(folder, *options): a short training in this process. Its curves are drawn if they are looked at."""
     import train
 
-    def run(folder: Path, *options) -> Path:
+    def run(folder: Path, *options, curves: bool = False) -> Path:
         with pytest.MonkeyPatch.context() as context:
+            if not curves:
+                context.setattr(train, "plot_convergence", lambda histories, path: path.touch())
             run_main(context, train, *quick, "--output-dir", folder, *options)
         return folder
 
@@ -105,7 +107,7 @@ def four_steps(trained_in, scratch):
 @pytest.fixture
 def trained(trained_in, tmp_path):
     """trained(*options) -> the folder of a run with them, tmp_path / "run" if no other is given."""
-    return lambda *options, folder=tmp_path / "run": trained_in(folder, *options)
+    return lambda *options, folder=tmp_path / "run", **curves: trained_in(folder, *options, **curves)
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +142,12 @@ def nano(scratch):
     networks = sd.unet, sd.vae, sd.text_encoder
     save_tensors({k: v for n in networks for k, v in official_state_dict(n).items()}, path, config_metadata(sd))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The Stable Diffusion that ships here. Not to be changed."""
+    return StableDiffusion.load("tiny").requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
@@ -178,11 +186,11 @@ def diffusers_base(nano, scratch):
 
 
 @pytest.fixture(scope="session")
-def snapshots(tmp_path_factory):
+def snapshots(tiny, tmp_path_factory):
     """A run's folder as the page needs it: snapshots that jump, and a log."""
-    folder, sd = tmp_path_factory.mktemp("run"), StableDiffusion.load("tiny")
+    folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text('{"base": "tiny", "resolution": 128}')
-    untrained = ControlNet.from_unet(sd.unet, sd.preset.hint_channels)
+    untrained = ControlNet.from_unet(tiny.unet, tiny.preset.hint_channels)
     for step in STEPS:
         path = folder / "snapshots" / f"step-{step}.safetensors"
         save_controlnet(untrained, path, dtype=torch.float16)

@@ -42,6 +42,7 @@ HINT_CHANNELS = (4, 4, 8, 8)  # of its ControlNet, the fixture `controlnet`
 # training.
 QUICK = ["--data", SAMPLE, "--resolution", "64", "--train-batch-size", "3", "--validation-steps", "0"]
 QUICK += ["--snapshot-steps", "0", "--cooldown", "0"]
+LATEST = ["--resume-from-checkpoint", "latest"]
 # Of the fixture `snapshots`: from JUMP on they are the trained ControlNet, those before it the untrained one.
 STEPS, JUMP = range(0, 50, 10), 20
 

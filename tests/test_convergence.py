@@ -6,28 +6,21 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE, equal, run_main
+from standin import SAMPLE, equal, refusal, run_main
 from torch import Tensor
 
 import convergence
-from controlnet import ControlNet, Denoiser
+from controlnet import ControlNet
 from convergence import HeldOut, growth_step, hint_response, jump_step, measure, milestones, plot_convergence
 from data import DRAWN_HELD_OUT, DrawnImages
-from stable_diffusion import TINY, StableDiffusion
-from support.errors import UserError, warn
+from draw import SHIPPED
+from stable_diffusion import TINY
 from support.verdict import BANDS, HINTS, Measurement, strongest_band, verdict
 from weights import load_controlnet, save_controlnet
 
-SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
 
-
-@pytest.fixture(scope="module")
-def sd():
-    return StableDiffusion.load("tiny").requires_grad_(False)
-
-
-def untrained(sd):
-    return ControlNet.from_unet(sd.unet, TINY.hint_channels, "silu").requires_grad_(False)
+def untrained(tiny):
+    return ControlNet.from_unet(tiny.unet, TINY.hint_channels, "silu").requires_grad_(False)
 
 
 # While a ControlNet trains
@@ -44,7 +37,7 @@ def test_hint_response():
     assert hint_response(one, more, torch.zeros_like(one)) == (2**-20, 2**-19 + 2**-40)
 
 
-def test_the_other_hint_is_another_hint(sd, tmp_path):
+def test_the_other_hint_is_another_hint(tiny, tmp_path):
     """Pairs may share a hint, with other captions."""
 
     class TwoCaptions(DrawnImages):
@@ -53,14 +46,9 @@ def test_the_other_hint_is_another_hint(sd, tmp_path):
 
     pairs = TwoCaptions(6, 64)
     assert torch.equal(pairs.other_hint(0), pairs.hint(2)) and torch.equal(pairs.other_hint(5), pairs.hint(0))
-    held_out = HeldOut(sd, pairs, 0, tmp_path, previews=False)
+    held_out = HeldOut(tiny, pairs, 0, tmp_path, previews=False)
     assert all((own != other).any() for own, other in zip(held_out.own, held_out.other, strict=True))
-    denoiser = Denoiser(sd.unet, untrained(sd))
-    assert held_out.response(denoiser)["hint_sensitivity"] == 0
-    alike = TwoCaptions(2, 64)
-    assert HeldOut(sd, alike, 0, tmp_path, previews=False).response(denoiser) == {}
-    with pytest.raises(UserError, match="all 2 pairs have the same hint"):
-        measure(sd, untrained(sd), alike)
+    assert "all 2 pairs have the same hint" in refusal(measure, tiny, untrained(tiny), TwoCaptions(2, 64))
 
 
 def measured(*sensitivities, gap=0.0):
@@ -115,18 +103,18 @@ def test_plots_of_logs(tmp_path):
 # Any ControlNet
 
 
-def test_known_answers(sd):
+def test_known_answers(tiny):
     class MixedUp(DrawnImages):
         """Hints that do not belong to the pictures."""
 
         def hint(self, index):
             return super().hint((index + 2) % len(self))
 
-    pairs, trained = DrawnImages(8, 64, DRAWN_HELD_OUT), load_controlnet(SHIPPED, sd.unet)
-    heard = measure(sd, trained, pairs)
+    pairs, trained = DrawnImages(8, 64, DRAWN_HELD_OUT), load_controlnet(SHIPPED, tiny.unet)
+    heard = measure(tiny, trained, pairs)
     assert verdict(heard).startswith("it follows its hint: another pair's hint raises")
-    assert verdict(measure(sd, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
-    silent = measure(sd, untrained(sd), pairs)
+    assert verdict(measure(tiny, trained, MixedUp(8, 64, DRAWN_HELD_OUT))).startswith("its hint moves the predict")
+    silent = measure(tiny, untrained(tiny), pairs)
     assert verdict(silent).startswith("it does not hear its hint: its residuals are the same")
     assert silent.loss["own"].shape == silent.moved.shape == (8, len(BANDS))
     assert all(torch.equal(silent.loss["own"], loss) for loss in silent.loss.values())  # equation (3)
@@ -134,7 +122,7 @@ def test_known_answers(sd):
     assert torch.equal(silent.loss["none"], heard.loss["none"])
     assert not torch.equal(silent.loss["own"], heard.loss["own"])
     trained.middle_zero_conv.weight.data *= 1e38
-    assert verdict(measure(sd, trained, DrawnImages(2, 64))).startswith("its predictions are not finite")
+    assert verdict(measure(tiny, trained, DrawnImages(2, 64))).startswith("its predictions are not finite")
 
 
 def figures(added: Tensor, moved: float, pairs: int = 8) -> Measurement:
@@ -180,25 +168,16 @@ def test_standard_errors():
     assert heard.figures()["sensitivity"] == pytest.approx(((14 / 3) ** 0.5, (49 / 9) ** 0.5 / (2 * (14 / 3) ** 0.5)))
 
 
-def test_command_line(monkeypatch, capsys):
-    options = ["--pairs", "2", "--resolution", "64", "--data", SAMPLE]
-    run_main(monkeypatch, convergence, "--controlnet", SHIPPED, *options)
-    told = capsys.readouterr()
-    printed = told.out.splitlines()
-    assert "trained on" not in told.err and "its decoder" not in told.out
-    assert printed[0].startswith(f"2 pairs of {SAMPLE} on cpu")
-    assert printed[3].lstrip().startswith("125 to 249 ") and printed[-2].lstrip().startswith("all ")
-    assert printed[-1].startswith(f"{SHIPPED}: loss ") and "2 pairs are too few for a verdict: take 8" in printed[-1]
-
-
 def judged_steps(monkeypatch, capsys, tmp_path, folder):
-    """Step -> its own held-out loss, of a training's folder."""
+    """Step -> its own held-out loss, of a training's folder; and what was said."""
     capsys.readouterr()
     options = ["--pairs", "2", "--resolution", "64", "--data", SAMPLE, "--output", tmp_path / "curve.png"]
     run_main(monkeypatch, convergence, "--controlnet", folder, *options)
     assert (tmp_path / "curve.png").stat().st_size > 5000
-    told = re.findall(rf"^{folder}\S*-(\d+)\S*: loss (\S+) ±", capsys.readouterr().out, re.MULTILINE)
-    return {int(step): float(loss) for step, loss in told}
+    told = capsys.readouterr()
+    assert "\n125 to 249 " in told.out  # the table
+    losses = re.findall(rf"^{folder}\S*-(\d+)\S*: loss (\S+) ±", told.out, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in losses}, told
 
 
 def test_a_training_of_ours(unet, trained, monkeypatch, capsys, tmp_path):
@@ -207,22 +186,21 @@ def test_a_training_of_ours(unet, trained, monkeypatch, capsys, tmp_path):
     run = trained(*options, "--max-train-steps", "2")
     last = load_controlnet(run / "controlnet.safetensors", unet).state_dict()
     assert equal(load_controlnet(run / "checkpoints" / "step-2", unet).state_dict(), last)
-    losses = judged_steps(monkeypatch, capsys, tmp_path, run)
+    losses, told = judged_steps(monkeypatch, capsys, tmp_path, run)
     assert list(losses) == [0, 1, 2] and losses[0] != losses[2]
-    capsys.readouterr()
-    warn.cache_clear()
-    run_main(monkeypatch, convergence, "--controlnet", run / "controlnet.safetensors", "--pairs", "2")
-    told = capsys.readouterr()
-    assert told.out.startswith(f"2 pairs of {SAMPLE} on cpu")
     assert "trained on these pairs but for the last 0" in told.err  # too few to spare any
-    assert "its decoder was trained too" in told.out
-    all_bands = next(line for line in told.out.splitlines() if line.lstrip().startswith("all "))
+    assert "; 2 pairs are too few for a verdict: take 8" in told.out
+    run_main(monkeypatch, convergence, "--controlnet", run / "controlnet.safetensors", "--pairs", "2")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"2 pairs of {SAMPLE} on cpu") and "its decoder was trained too" in printed
+    all_bands = next(line for line in printed.splitlines() if line.lstrip().startswith("all "))
     assert float(all_bands.split()[1]) == losses[2]  # the file and the last checkpoint are the same
     shutil.rmtree(run / "checkpoints")
-    assert judged_steps(monkeypatch, capsys, tmp_path, run).keys() == {0, 1, 2}  # snapshots
+    assert judged_steps(monkeypatch, capsys, tmp_path, run)[0].keys() == {0, 1, 2}  # snapshots
 
 
-def test_a_training_of_diffusers(sd, monkeypatch, capsys, tmp_path):
+def test_a_training_of_diffusers(tiny, monkeypatch, capsys, tmp_path):
     for step in (500, 1000):
-        save_controlnet(untrained(sd), tmp_path / f"checkpoint-{step}" / "controlnet", layout="diffusers")
-    assert list(judged_steps(monkeypatch, capsys, tmp_path, tmp_path)) == [500, 1000]
+        save_controlnet(untrained(tiny), tmp_path / f"checkpoint-{step}" / "controlnet", layout="diffusers")
+    losses, told = judged_steps(monkeypatch, capsys, tmp_path, tmp_path)
+    assert list(losses) == [500, 1000] and "trained on" not in told.err and "its decoder" not in told.out

@@ -7,48 +7,32 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import SAMPLE
+from standin import SAMPLE, refusal
 
 from data import DRAWN_HELD_OUT, DRAWN_PAIRS, DrawnImages, PairedImages, draw_fill50k, open_pairs
 from metrics import is_circle_task, prompt_colours
-from support.colours import COLOURS
 from support.errors import UserError
 from support.hub import fetch_folder
 
 
-def test_drawing_is_reproducible_and_like_the_real_set():
-    for index in range(8):
+def test_drawing_is_reproducible():
+    """That hint, picture and prompt are of one disc, test_metrics.py tells."""
+    for index in range(2):
         hint, target, prompt = draw_fill50k(index, 512, seed=3)
         again = draw_fill50k(index, 512, seed=3)
         assert (hint.tobytes(), target.tobytes(), prompt) == (again[0].tobytes(), again[1].tobytes(), again[2])
-        ring = np.asarray(hint)[..., 0]
-        assert set(np.unique(ring)) == {0, 255}
-        disc, background = (text.removesuffix(" background") for text in prompt.split(" circle with "))
-        colours = np.asarray(target).reshape(-1, 3).astype(np.float32)
-        inside = (colours == COLOURS[disc]).all(axis=1)
-        outside = (colours == COLOURS[background]).all(axis=1)
-        assert (inside | outside).mean() > 0.98  # all but the smooth edge
-        ys, xs = np.nonzero(inside.reshape(512, 512))
-        if xs.min() > 0 and xs.max() < 511:  # not clipped: the ring runs along the disc's rim
-            radius = (xs.max() - xs.min() + 1) / 2
-            assert 512 / 8 - 2 <= radius <= 512 / 2
-            ring_xs = np.nonzero(ring.any(axis=0))[0]
-            assert abs(ring_xs.min() - xs.min()) <= 4 and abs(ring_xs.max() - xs.max()) <= 4
-    assert draw_fill50k(0, 64, seed=3)[2] == draw_fill50k(0, 512, seed=3)[2]  # the same scene at any size
+        assert set(np.unique(hint)) == {0, 255}
+        assert draw_fill50k(index, 64, seed=3)[2] == prompt  # the same scene at any size
     assert draw_fill50k(0)[2] != draw_fill50k(1)[2]
 
 
 def test_reading_the_real_layout():
     pairs = PairedImages(SAMPLE, 128)
     assert len(pairs) == 4 and pairs.prompts[0] == "coral circle with blue background"
-    hint, image = pairs.hint(0), pairs.image(0)
+    hint, image = pairs.hint(0), pairs.image(0)  # test_metrics.py tells that they belong together
     assert hint.shape == image.shape == (3, 128, 128)
     assert hint.min() == 0
     assert 0.9 < hint.max() <= 1  # the ring, 5 px wide at 512, is hardly more than one here
-    # Top left is background, the middle of the disc is not. The targets went through a VAE: not quite pure colours.
-    blue, coral = (torch.from_numpy(COLOURS[name]) / 127.5 - 1 for name in ("blue", "coral"))
-    assert (image[:, 2, 2] - blue).abs().max() < 0.1
-    assert (image[:, 50, 92] - coral).abs().max() < 0.1
 
 
 def test_palettes_show_the_two_colours_of_the_same_pictures(monkeypatch):
@@ -170,31 +154,24 @@ def test_broken_listings(name, content, told, tmp_path):
         PairedImages(tmp_path / "data", 64)
 
 
-def test_links(tmp_path):
-    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk."""
-    for path in SAMPLE.rglob("*.*"):
-        link = tmp_path / "files" / path.relative_to(SAMPLE)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-    (tmp_path / "itself").symlink_to(SAMPLE)
-    for folder in ("files", "itself"):
-        assert_like_sample(tmp_path / folder)
-
-
 def test_links_are_followed(tmp_path):
-    """To pictures, and to whole folders; one that leads nowhere but to itself is named."""
+    """What counts is the path as written, not where links lead: the hub's cache, and folders on another disk.
+
+    One that leads nowhere but to itself is named.
+    """
     for folder in ("files/source", "files/target", "folders"):
         (tmp_path / folder).mkdir(parents=True)
     for path in ("source", "target", "prompt.json"):
         (tmp_path / "folders" / path).symlink_to(SAMPLE / path)
     for path in SAMPLE.rglob("*.*"):
         (tmp_path / "files" / path.relative_to(SAMPLE)).symlink_to(path)
-    for folder in ("files", "folders"):
+    (tmp_path / "itself").symlink_to(SAMPLE)
+    for folder in ("files", "folders", "itself"):
         assert_like_sample(tmp_path / folder)
     (tmp_path / "files/source/1.png").unlink()
     (tmp_path / "files/source/1.png").symlink_to("1.png")
-    with pytest.raises(UserError, match="line 2: .*source/1.png: no such file"):
-        PairedImages(tmp_path / "files", 64)
+    told = refusal(PairedImages, tmp_path / "files", 64)
+    assert "line 2: " in told and "source/1.png: no such file" in told
 
 
 @pytest.mark.parametrize("inside", ["fill50k/", "", "../", "/"])
@@ -218,5 +195,4 @@ def test_fill50k_is_fetched_and_unpacked(inside, tmp_path, monkeypatch):
 def test_damaged_zip(tmp_path, monkeypatch):
     (tmp_path / "bad.zip").write_bytes(b"PK" + bytes(100))
     monkeypatch.setattr("support.hub.fetch", lambda *_: tmp_path / "bad.zip")
-    with pytest.raises(UserError, match="bad.zip is damaged"):
-        fetch_folder("a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")
+    assert "bad.zip is damaged" in refusal(fetch_folder, "a/b", "c.zip", tmp_path / "fill50k", "prompt.json", "")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from standin import ROOT, read_run, run_main
+from standin import LATEST, ROOT, read_run, run_main
 
 import train
 from support.files import read_tensors
@@ -29,7 +29,7 @@ def test_two_processes_equal_one(quick, launch, tmp_path, monkeypatch):
     one = ["--train-batch-size", "4", "--max-train-steps", "4", "--output-dir", tmp_path / "one"]
     run_main(monkeypatch, train, *quick, *options, *one)
     options += ["--train-batch-size", "2", "--max-train-steps"]
-    for last, resume in (("2", []), ("4", ["--resume-from-checkpoint", "latest"])):
+    for last, resume in (("2", []), ("4", LATEST)):
         done = launch("two", *options, last, *resume)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_tensors(tmp_path / name / "controlnet.safetensors")[0] for name in ("one", "two"))

@@ -8,17 +8,17 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from functools import partial
 from threading import Thread
 
 import pytest
 import torch
 from capture_page import served
 from PIL import Image
-from standin import JUMP, ring_picture, run_main
+from standin import JUMP, refusal, ring_picture, run_main
 
 import draw
 from convergence import find_checkpoints
-from stable_diffusion import StableDiffusion
 from support.errors import UserError
 from support.page import NUMBERS, Page
 from support.pictures import fit_image
@@ -29,9 +29,8 @@ QUICK = {"strength": 1.0, "seed": 0, "guidance_scale": 4.0, "steps": 3}
 
 
 @pytest.fixture(scope="module")
-def painter(snapshots):
-    sd = StableDiffusion.load("tiny")
-    return draw.Painter(sd, find_checkpoints(snapshots)[0], sd.preset.resolution, lambda picture: 1 - picture)
+def painter(snapshots, tiny):
+    return draw.Painter(tiny, find_checkpoints(snapshots)[0], tiny.preset.resolution, lambda picture: 1 - picture)
 
 
 def test_all_snapshots_are_painted_the_jump_first(painter):
@@ -71,11 +70,7 @@ def test_a_picture_that_nobody_waits_for_ends_at_the_next_ddim_step(painter):
 
 
 def test_mistakes_on_the_command_line(controlnet, tmp_path, monkeypatch, snapshots):
-    def error(*options):
-        with pytest.raises(UserError) as raised:
-            run_main(monkeypatch, draw, *options)
-        return str(raised.value)
-
+    error = partial(refusal, run_main, monkeypatch, draw)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port} can't be used (address already in use)" in error("--port", port, "--base", "./nosuch")

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import subprocess
@@ -17,11 +16,11 @@ import support.command
 from support.command import run_command_line
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE, HostilePickle, equal
+from safetensors.torch import save
+from standin import ROOT, HostilePickle, equal
 
 from controlnet import ControlNet
 from data import PairedImages
@@ -29,12 +28,9 @@ from support import options
 from support.errors import UserError, reading
 from support.files import read_tensors
 from support.hub import locate
-from support.pictures import open_image
 from weights import save_controlnet
 
-HINT = SAMPLE / "source" / "0.png"
 TRAP = ROOT / "tests" / "trap"  # made if a pickle is opened
-GOOD = {"source": "a.png", "target": "a.png", "prompt": ""}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +39,6 @@ def place(tmp_path_factory, nano, unet):
     folder = tmp_path_factory.mktemp("mistakes")
     for name, size in (("a.png", (64, 64)), ("wide.png", (128, 64))):
         Image.new("RGB", size).save(folder / name)
-    (folder / "cut.png").write_bytes(HINT.read_bytes()[:500])
-    for name in ("pairs", "pictures"):
-        (folder / name).mkdir()
-    for picture in ("a", "cut"):
-        shutil.copy(folder / f"{picture}.png", folder / "pairs")
-    (folder / "pairs" / "prompt.json").write_text(json.dumps(GOOD | {"target": "cut.png"}))
     (folder / "a_file").write_text("")
     (folder / "cut.safetensors").write_bytes(nano.read_bytes()[:100_000])
     for copy in ("full", "lite"):
@@ -64,7 +54,6 @@ MISTAKES = {
     f"train --output-dir {'a' * 300}": "too long.* choose another --output-dir",
     "train --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
     "train --base {}/cut.safetensors": "cut.safetensors is damaged.* fetch it again",
-    "train --base NANO --data {}/pairs": "prompt.json line 1: .*cut.png is damaged or no picture .* save it again",
     "sample --controlnet x": "1 --controlnet but 0 --hint: each needs its own",
     "sample --output out.jpg": "--output out.jpg: must end in .png",
     "sample --base NANO --output {}/a_file/out.png --resolution 64": "a_file .*choose another folder",
@@ -74,7 +63,7 @@ MISTAKES = {
     "data --from-pictures {}/nowhere --detect canny --output {}/out": "nowhere has no pictures: .*PNG",
     "tools.convert {}/lite.safetensors {}/out --layout diffusers": "lite.safetensors.* ControlNet-lite",
     "convergence --controlnet {}/full.safetensors --pairs 1": "--pairs 1: .* above 1",
-    "tools.verify --base {}/nowhere.safetensors": "nowhere.safetensors: no such file",
+    "tools.verify --base NANO --controlnet {}/lite.safetensors": "no other program can read .*a ControlNet-lite",
 }
 
 
@@ -173,8 +162,8 @@ def test_processes_without_torchrun(tmp_path, monkeypatch, capsys):
 def test_many_broken_entries(tmp_path, capsys):
     """The first twenty and their number, each on its line."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    lines = [json.dumps(GOOD)] * 3 + ["{"] * 25 + [json.dumps(GOOD)]
-    (tmp_path / "prompt.json").write_text("\n".join(lines))
+    good = json.dumps({"source": "a.png", "target": "a.png", "prompt": ""})
+    (tmp_path / "prompt.json").write_text("\n".join([good] * 3 + ["{"] * 25 + [good]))
     with pytest.raises(SystemExit):
         run_command_line(lambda: PairedImages(tmp_path, 64))
     *details, last = capsys.readouterr().err.strip().splitlines()
@@ -208,6 +197,8 @@ def test_a_file_is_what_its_first_bytes_say(nano, tmp_path):
     "content, told",
     [
         (b"", "no file of weights"),
+        (save({"a": torch.ones(3)}) + bytes(7), "is longer or shorter than its header says"),
+        (save({"a": torch.ones(3)})[:-5], "is longer or shorter than its header says"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer.* git lfs pull"),
         (b"\n<!DOCTYPE html>", "a web page.* download the file itself"),
         ([1, 2], "no named tensors: pass a checkpoint"),
@@ -219,33 +210,11 @@ def test_a_file_is_what_its_first_bytes_say(nano, tmp_path):
 def test_files_without_weights(content, told, tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(UserError, match=f"a.ckpt .*{told}"):
+    with pytest.raises(UserError, match=f"a.ckpt.* {told}"):
         read_tensors(path)
     with pytest.raises(UserError, match="b.safetensors "):  # by which name PyTorch takes another reader
         read_tensors(path.rename(tmp_path / "b.safetensors"))
     assert not TRAP.exists()  # no pickle ran
-
-
-@pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_mutated_pictures(ending, tmp_path):
-    """Cut short, with a bit flipped, or with bytes put in: read, or refused with a UserError; else this test fails."""
-    path, rng, refused = tmp_path / f"a.{ending}", random.Random(0), 0
-    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(path)
-    original = path.read_bytes()
-    for i in range(60):
-        content, at = bytearray(original), rng.randrange(len(original))
-        if i % 3 == 0:
-            del content[at:]
-        elif i % 3 == 1:
-            content[at] ^= 1 << rng.randrange(8)
-        else:
-            content[at:at] = rng.randbytes(rng.randrange(1, 30))
-        path.write_bytes(content)
-        try:
-            open_image(path)
-        except UserError:
-            refused += 1
-    assert refused > 10  # most of those that were cut short
 
 
 def test_waiting_threads_do_not_spin_for_long(monkeypatch):

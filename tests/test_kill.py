@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 
-from standin import ROOT, read_run, run_main, same_tensors
+from standin import LATEST, ROOT, read_run, run_main, same_tensors
 
 import train
 
@@ -78,7 +78,7 @@ def test_killed_again_and_again(quick, tmp_path, monkeypatch):
     rng, killed = random.Random(0), Counter()
     while True:
         wanted = KINDS[killed.total() % len(KINDS)] if killed.total() < KILLS else "none"
-        resume = ["--resume-from-checkpoint", "latest"] if (folder / "config.json").exists() else []
+        resume = LATEST if (folder / "config.json").exists() else []
         complete = sorted((folder / "checkpoints").glob("step-*/config.json"), key=lambda path: path.stat().st_mtime_ns)
         if wanted == "any" and len(complete) > 1:
             shutil.rmtree(complete[-1].parent)  # to go back

@@ -8,7 +8,7 @@ from clip_text import Tokenizer
 from data import DRAWN_HELD_OUT, MIN_COLOUR_DISTANCE, DrawnImages
 from metrics import circle_distance, prompt_colours
 from sample import generate
-from stable_diffusion import TINY, TINY_FILE, StableDiffusion
+from stable_diffusion import TINY, TINY_FILE
 from support.files import read_tensors
 from tools import fit, pretrain
 from tools.dusk import DUSK, at_dusk, iou_in_light
@@ -16,11 +16,6 @@ from tools.shapes import judge
 from weights import load_controlnet
 
 APART = MIN_COLOUR_DISTANCE / 255 / 3  # mean absolute difference, at least, of a scene's two colours
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return StableDiffusion.load("tiny")
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""The notebooks run, and their links lead on; their pictures; the trainings behind them, on a nano base."""
+"""The notebooks run; their pictures; the trainings behind them, on a nano base."""
 
 import json
-import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -68,20 +67,6 @@ def test_runs_from_top_to_bottom(path, kernel):
     notebook.cells.insert(0, nbformat.v4.new_code_cell(QUICK if path.name >= "3" else "%reset -f"))
     NotebookClient(notebook, km=kernel, timeout=3600).execute()  # raises errors
     assert shown() >= 2 and committed == (0 if path.name >= "6" else shown())
-
-
-@NOTEBOOKS
-def test_links(path):
-    """To headings, as GitHub makes anchors of them; to files; [`Class.function`](../file.py) to one with both."""
-    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
-    headings = re.findall("^## (.*)", text, re.M)
-    anchors = {re.sub("[?!.,:·'()]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    assert anchors and anchors == set(re.findall(r"\]\(#([^)]+)\)", text))
-    for label, target in re.findall(r"\[([^\]]+)\]\((?!#|https?:)([^)#]+)", text):
-        file = path.parent / target
-        assert file.is_file(), target
-        for name in label.strip("`").split(".") if file.suffix == ".py" and label != f"`{file.name}`" else ():
-            assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", file.read_text(), re.M), (label, target)
 
 
 def test_the_architecture_is_the_models():

@@ -1,4 +1,4 @@
-"""What README and docs quote and link to is what is there."""
+"""What README, docs and notebooks quote and link to is what is there."""
 
 import inspect
 import json
@@ -10,6 +10,7 @@ from standin import ROOT
 
 from controlnet import ControlNet
 
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
 
 
@@ -35,12 +36,19 @@ def test_the_ten_lines_are_the_code():
 
 
 def test_links_lead_somewhere():
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))]
+    """A notebook's, if they are [`Class.function`](../file.py), to a file with both."""
+    pattern = r"(?:\[([^\[\]]*))?\]\((?!https?:)([^)]+)\)"
+    links = [(page, *link) for page in (*PAGES, *NOTEBOOKS) for link in re.findall(pattern, prose(page))]
     assert len(links) > 50
-    for page, link in links:
+    for page, label, link in links:
         file, _, heading = link.partition("#")
         target = page.parent / file if file else page
         assert target.exists() and (not heading or heading in anchors(target)), (page, link)
+        if page in NOTEBOOKS and target.suffix == ".py" and label != f"`{target.name}`":
+            for name in label.strip("`").split("."):
+                assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", target.read_text(), re.M), (label, link)
+    for page in NOTEBOOKS:  # its contents lead to all headings but the title
+        assert len(anchors(page) - {link.removeprefix("#") for place, _, link in links if place == page}) == 1, page
 
 
 def test_named_tests_exist():

@@ -3,25 +3,20 @@ import json
 import pytest
 import torch
 from PIL import Image
-from standin import ROOT, SAMPLE, run_main
+from standin import SAMPLE, run_main
 
 import sample
 from controlnet import ControlNet, control_weights
 from diffusion import NoiseSchedule
+from draw import SHIPPED
 from sample import CONTROL_MODES, generate
-from stable_diffusion import StableDiffusion
+from support.colours import COLOURS
 from support.devices import PRECISIONS, fast_precision, sampling_precision
 from support.errors import UserError
 from support.pictures import fit_image, open_image, read_strip
 from weights import save_controlnet
 
 HINT = SAMPLE / "source" / "0.png"
-SHIPPED = ROOT / "models" / "fill50k" / "controlnet.safetensors"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return StableDiffusion.load("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +29,6 @@ def controlnet(tiny):
 @pytest.fixture(scope="module")
 def hint():
     return fit_image(open_image(HINT), 64)[None]
-
-
-def test_one_sample_does_not_depend_on_the_batch(tiny, controlnet, hint):
-    prompts = ["red circle with blue background", "", "gold circle with navy background"]
-    together = generate(tiny, [controlnet], [hint.repeat(3, 1, 1, 1)], prompts, steps=3, guidance_scale=3, seed=5)
-    assert together.shape == (3, 3, 64, 64)
-    assert together.abs().max() <= 1
-    for i, prompt in enumerate(prompts):
-        alone = generate(tiny, [controlnet], [hint], [prompt], steps=3, guidance_scale=3, seed=5 + i)
-        assert (alone[0] - together[i]).abs().max() < 1e-4  # float32 sums in another order
 
 
 @pytest.mark.parametrize("mode", CONTROL_MODES)
@@ -75,19 +60,9 @@ def test_one_step_by_the_formula(tiny, controlnet, hint, mode):
     last, alpha = NoiseSchedule().alphas_cumprod[:2].tolist()  # one step, from t = 1 to the end at t = 0
     noise = uncond + 4 * (cond - uncond)
     z0 = last**0.5 * (z_T - (1 - alpha) ** 0.5 * noise) / alpha**0.5 + (1 - last) ** 0.5 * noise
-    got = generate(
-        tiny, [controlnet], [hint], [prompt],
-        steps=1, guidance_scale=4, strengths=[0.7], control_mode=mode,
-    )  # fmt: skip
+    settings = {"steps": 1, "guidance_scale": 4, "strengths": [0.7], "control_mode": mode}
+    got = generate(tiny, [controlnet], [hint], [prompt], **settings)
     assert (got - tiny.decode_latents(z0)).abs().max() < 1e-4  # float32: the two sides as one batch or apart
-
-
-def test_the_words_of_the_command_line(nano, tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(sample, "generate", lambda *_, **options: asked.update(options) or torch.zeros(1, 3, 64, 64))
-    for mode in CONTROL_MODES:
-        run_main(monkeypatch, sample, "--base", nano, "--control-mode", mode, "--output", tmp_path / "out.png")
-        assert asked["control_mode"] == mode
 
 
 def test_hints_that_are_not_one_for_each_prompt_are_refused(tiny, controlnet, hint):
@@ -147,13 +122,15 @@ def test_control_start_and_end(start, end, steps, tiny, controlnet, hint, monkey
 
 
 def test_many_images_are_sampled_in_parts(tiny, controlnet, hint, monkeypatch):
-    batches, forward = [], tiny.unet.forward
+    """None depends on the others."""
+    batches, forward, prompts = [], tiny.unet.forward, [f"{colour} circle" for colour in list(COLOURS)[:10]] + [""]
     monkeypatch.setattr(tiny.unet, "forward", lambda z, *others: batches.append(len(z)) or forward(z, *others))
     settings = {"steps": 1, "guidance_scale": 3.0, "control_mode": "conditional"}
-    images = generate(tiny, [controlnet], [hint.expand(11, -1, -1, -1)], [""] * 11, **settings)
-    assert len(images) == 11 and batches == [16, 6]  # both sides of guidance
-    last = generate(tiny, [controlnet], [hint], [""], seed=10, **settings)
-    assert (images[10] - last[0]).abs().max() < 1e-4
+    images = generate(tiny, [controlnet], [hint.expand(11, -1, -1, -1)], prompts, seed=5, **settings)
+    assert images.shape == (11, 3, 64, 64) and images.abs().max() <= 1 and batches == [16, 6]  # both sides of guidance
+    for i in (1, 10):
+        alone = generate(tiny, [controlnet], [hint], prompts[i : i + 1], seed=5 + i, **settings)
+        assert (images[i] - alone[0]).abs().max() < 1e-4  # float32 sums in another order
 
 
 def test_half_precision(tmp_path, monkeypatch):
@@ -163,10 +140,12 @@ def test_half_precision(tmp_path, monkeypatch):
     def spy(sd, controlnets, *others, **options):
         networks = {"unet": sd.unet, "controlnet": controlnets[0], "vae": sd.vae, "text": sd.text_encoder}
         used.update({name: {p.dtype for p in network.parameters()} for name, network in networks.items()})
+        assert options["control_mode"] == "guess"
         return real(sd, controlnets, *others, **options)
 
     monkeypatch.setattr(sample, "generate", spy)
     options = ["--controlnet", SHIPPED, "--hint", HINT, "--steps", "2", "--resolution", "64", "--prompt", "red circle"]
+    options += ["--control-mode", "guess"]
     for word in ("bf16", "fp16", "fp32"):
         run_main(monkeypatch, sample, *options, "--precision", word, "--output", tmp_path / f"{word}.png")
         dtype = PRECISIONS[word]
