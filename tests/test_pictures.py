@@ -1,6 +1,7 @@
 """Any picture in, samples and sheets out."""
 
 import os
+import random
 
 import numpy as np
 import pytest
@@ -106,3 +107,25 @@ def test_sizes():
     checks = Image.fromarray((np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8))
     grey = fit_image(checks, 128)  # antialiased: a fine chequer becomes grey
     assert grey.std() < 0.02 and abs(grey.mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_mutated_pictures(ending, tmp_path):
+    """Cut short, with a bit flipped, or with bytes put in: read, or refused with a UserError; else this test fails."""
+    path, rng, refused = tmp_path / f"a.{ending}", random.Random(0), 0
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(path)
+    original = path.read_bytes()
+    for i in range(60):
+        content, at = bytearray(original), rng.randrange(len(original))
+        if i % 3 == 0:
+            del content[at:]
+        elif i % 3 == 1:
+            content[at] ^= 1 << rng.randrange(8)
+        else:
+            content[at:at] = rng.randbytes(rng.randrange(1, 30))
+        path.write_bytes(content)
+        try:
+            open_image(path)
+        except UserError:
+            refused += 1
+    assert refused > 10  # most of those that were cut short
