@@ -19,11 +19,11 @@ from data import DRAWN_PAIRS, PairedImages, Pairs, open_pairs
 from diffusion import NoiseSchedule
 from formats.networks import own_metadata, read_controlnet
 from metrics import circle_iou, colour_error, is_circle_task
-from sample import generate, locate_controlnet
+from sample import generate, load_beside, load_to_sample, locate_controlnet
 from stable_diffusion import StableDiffusion
 from support import options
 from support.checkpoints import steps_in
-from support.devices import choose_device, describe, place_for_sampling, sampling_precision, warn_if_slow
+from support.devices import choose_device, describe
 from support.errors import UserError, warn
 from support.files import read_json
 from support.pictures import contact_sheet, read_strip, save_picture, side_by_side, to_picture
@@ -31,7 +31,7 @@ from support.plot import plot_logs
 from support.randomness import HELD_OUT, generator_for
 from support.verdict import BANDS, HINTS, WIDTH, Measurement, print_table, summary, verdict
 from vae import sample_latent
-from weights import load_controlnet, load_decoder
+from weights import load_decoder
 
 PREVIEWED = 8  # columns of a preview
 RESPONSE_TIMES = (200, 400, 600, 800)  # at which train.py measures hint sensitivity and gap, one held-out pair each
@@ -228,9 +228,10 @@ def main() -> None:
     args = parse_arguments()
     device = choose_device(args.device)
     checkpoints, trained_with = find_checkpoints(args.controlnet)
-    for name in ("base", "data", "resolution"):
-        setattr(args, name, getattr(args, name) or trained_with.get(name))
-    sd = StableDiffusion.load(args.base or "tiny", trained_with.get("vae", ""))
+    args.base, args.vae = args.base or trained_with.get("base", "tiny"), trained_with.get("vae", "")
+    args.data = args.data or trained_with.get("data")
+    args.resolution = args.resolution or trained_with.get("resolution")
+    sd = load_to_sample(args, device)
     args = options.with_defaults(args, sd.preset)
     if args.data in (*DRAWN_PAIRS, "fill50k"):
         pairs = open_pairs(args.data, args.resolution, 0, args.pairs)[1]
@@ -244,15 +245,12 @@ def main() -> None:
         if unseen < len(pairs):
             warn(f"it was trained on these pairs but for the last {unseen}, and looks better than it is: train with "
                  "more --validation-hints, or take fewer --pairs")  # fmt: skip
-    warn_if_slow(sd.unet, device)
-    precision = sampling_precision(args.precision, device)
-    print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {precision}")
+    print(f"{len(pairs)} pairs of {args.data} on {describe(device)}, precision {args.precision}")
     history = []
     for step, path in checkpoints.items():
-        controlnet = load_controlnet(path, sd.unet).requires_grad_(False)
+        controlnet = load_beside(sd, path)
         if load_decoder(sd.unet, path) and not history:
             print("its decoder was trained too: the column none is the base with that decoder")
-        place_for_sampling(sd, [controlnet], device, precision)
         measured = measure(sd, controlnet, pairs, args.seed)
         if step == max(checkpoints):
             print_table(measured)

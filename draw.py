@@ -11,16 +11,16 @@ from torch import Tensor
 
 from controlnet import CONTROL_MODES, ControlNet
 from convergence import find_checkpoints
-from sample import generate, load_to_sample
+from sample import generate, load_beside, load_to_sample
 from stable_diffusion import StableDiffusion
 from support import options
 from support.detect import add_options, detector, is_inverted
-from support.devices import choose_device, sampling_precision
+from support.devices import choose_device, describe
 from support.errors import UserError
 from support.files import read_log
 from support.page import Page, next_snapshot
 from support.pictures import fit_image, to_picture
-from weights import load_controlnet, load_decoder
+from weights import load_decoder
 
 SHIPPED = Path(__file__).parent / "models" / "fill50k" / "controlnet.safetensors"
 
@@ -34,8 +34,7 @@ class Painter:
         self.alone = lru_cache(maxsize=32)(self.alone)  # it is the same for every hint and every step
 
     def controlnet(self, step: int) -> ControlNet:
-        controlnet = load_controlnet(self.paths[step], self.sd.unet).requires_grad_(False)
-        return controlnet.to(self.sd.device, self.sd.unet.encoder[0].conv.weight.dtype)
+        return load_beside(self.sd, self.paths[step])
 
     def alone(self, size: tuple[int, int], prompt: str, **settings) -> Tensor:
         """The base's own image [3, H, W] in [-1, 1] from the same noise, without a hint."""
@@ -85,8 +84,9 @@ def main() -> None:
     page = Page(args.port)  # a taken port is said before anything is loaded
     device = choose_device(args.device)
     paths, trained_with = find_checkpoints(args.controlnet)
-    base, vae = args.base or trained_with.get("base", "tiny"), trained_with.get("vae", "")
-    sd, _ = load_to_sample(base, [], device, sampling_precision(args.precision, device), vae)
+    args.base, args.vae = args.base or trained_with.get("base", "tiny"), trained_with.get("vae", "")
+    sd = load_to_sample(args, device)
+    print(f"sampling on {describe(device)}")
     if load_decoder(sd.unet, paths[max(paths)]):
         raise UserError("this training changed the base's decoder too: the page can't show that; use sample.py")
     detect = detector(args.detect, args.canny_low, args.canny_high)

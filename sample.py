@@ -100,18 +100,18 @@ def locate_controlnet(source: str | Path) -> Path:
     return locate(source, CONTROLNET_FILES, "pass a local --controlnet FILE")
 
 
-def load_to_sample(
-    base: str, paths: list[Path], device: torch.device, precision: str, vae: str = ""
-) -> tuple[StableDiffusion, list[ControlNet]]:
-    """A base and the ControlNets in `paths`, with a decoder that one of them brings; on `device`, which is printed."""
-    sd = StableDiffusion.load(base, vae)
-    controlnets = [load_controlnet(path, sd.unet).requires_grad_(False) for path in paths]
-    if sum(load_decoder(sd.unet, path) for path in paths) > 1:
-        raise UserError(f"several of {', '.join(map(str, paths))} bring a decoder of their own: use one at a time")
-    print(f"sampling on {describe(device)}")
+def load_to_sample(args, device: torch.device) -> StableDiffusion:
+    """The base that a command's options ask for, on `device`; `args.precision` is then no longer "auto"."""
+    args.precision = sampling_precision(args.precision, device)
+    sd = StableDiffusion.load(args.base, args.vae)
     warn_if_slow(sd.unet, device)
-    place_for_sampling(sd, controlnets, device, precision)
-    return sd, controlnets
+    place_for_sampling(sd, [], device, args.precision)
+    return sd
+
+
+def load_beside(sd: StableDiffusion, path: Path) -> ControlNet:
+    """A ControlNet to sample with, on the base's device and in the precision of its UNet."""
+    return load_controlnet(path, sd.unet).requires_grad_(False).to(sd.device, sd.unet.conv_out.weight.dtype)
 
 
 def parse_arguments():
@@ -152,8 +152,11 @@ def main() -> None:
     detectors = [detector(kind, args.canny_low, args.canny_high, args.invert) for kind in args.detect]
     pictures = [open_image(path) for path in args.hint]
     paths = [locate_controlnet(source) for source in args.controlnet]
-    args.precision = sampling_precision(args.precision, device)
-    sd, controlnets = load_to_sample(args.base, paths, device, args.precision, args.vae)
+    sd = load_to_sample(args, device)
+    print(f"sampling on {describe(device)}")
+    controlnets = [load_beside(sd, path) for path in paths]
+    if sum(load_decoder(sd.unet, path) for path in paths) > 1:
+        raise UserError(f"several of {', '.join(map(str, paths))} bring a decoder of their own: use one at a time")
     args = options.with_defaults(args, sd.preset)
     pictures = [fit_image(picture, args.resolution, square=False) for picture in pictures]
     hints = [detect(picture) for detect, picture in zip(detectors, pictures, strict=True)]

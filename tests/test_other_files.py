@@ -8,13 +8,13 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
-from standin import NANO, equal, in_layout, refusal, same_state
+from standin import NANO, SAMPLE, equal, in_layout, refusal, run_main, same_state
 
+import sample
 from controlnet import ControlNet
 from formats.diffusers import CONTROLNET_FILES, FILE
 from formats.layouts import BARE, OFFICIAL
 from formats.networks import LAYOUTS, read_tokenizer, sizes_in_metadata
-from sample import load_to_sample
 from stable_diffusion import SD15_REPO, StableDiffusion
 from support.files import read_tensors, save_tensors
 from support.hub import locate
@@ -140,12 +140,14 @@ def test_a_vae_of_ones_own(form, nano, diffusers_base, tmp_path):
     assert same_state(StableDiffusion.load(diffusers_base, path).vae, sd.vae)
 
 
-def test_two_decoders_are_refused(controlnet, nano, unet, tmp_path):
+def test_two_decoders_are_refused(controlnet, nano, unet, tmp_path, monkeypatch):
     """What one decoder does is tested where it is trained."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         save_controlnet(controlnet, path, metadata={"unlock_decoder": "true"})
-    assert "bring a decoder of their own" in refusal(load_to_sample, nano, paths, torch.device("cpu"), "fp32")
+    options = ["--base", nano, "--controlnet", paths[0], "--controlnet", paths[1]]
+    options += ["--hint", SAMPLE / "source" / "0.png"] * 2
+    assert "bring a decoder of their own" in refusal(run_main, monkeypatch, sample, *options)
     other = UNet(replace(NANO[0], num_heads=2))
     assert "copied from a base with num_heads 1, this one has 2" in refusal(load_controlnet, paths[0], other)
 
