@@ -17,7 +17,7 @@ from sample import generate
 from stable_diffusion import TINY, StableDiffusion
 from support.files import read_json, read_log, save_json, write_log
 from support.pictures import read_strip, save_picture, side_by_side, to_picture
-from support.verdict import summary, verdict
+from support.verdict import verdict
 from weights import load_controlnet
 
 ROOT = Path(__file__).parent.parent
@@ -110,11 +110,11 @@ def flips(ious: dict[int, list[float]]) -> list[tuple[int, int]]:
 
 
 def judge(arm: Arm) -> dict:
-    """The loss of equation (5) by hint in eight bands of t, and the verdict, as convergence.py has them."""
+    """As convergence.py has them: loss by hint in eight bands of t; sensitivity and gap, ± over pairs; the verdict."""
     heard = measure(base(), load_arm(*arm), drawn(*HELD_OUT)[0])
-    print(f"{arm}: {summary(heard)}")
     losses = {hint: loss.mean(dim=0).double().round(decimals=4).tolist() for hint, loss in heard.loss.items()}
-    return dict(zip(("run", "seed", "step"), arm)) | {"verdict": verdict(heard), "loss": losses}
+    figures = {name: [float(f"{x:.2g}") for x in heard.figures()[name]] for name in ("sensitivity", "gap")}
+    return dict(zip(("run", "seed", "step"), arm)) | figures | {"verdict": verdict(heard), "loss": losses}
 
 
 def residual_maps(seed: int, step: int) -> dict:
@@ -161,7 +161,7 @@ def score_ablation(arms: list[Arm]) -> list[dict]:
 
 
 def score_failures(arms: list[Arm]) -> list[dict]:
-    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, its pictures, and printed, figures."""
+    """For docs/when-nothing-converges.md: samples without a prompt, verdicts, and its two pictures."""
     logs = {"default" if run == "seed" else run: read_log(LOGS / f"{run}-{i}.jsonl")[:step] for run, i, step in arms}
     draw_curves(logs, DOCS / "failure-curves.png")
     rows, samples = zip(*(score(arm, "none") for arm in arms))
