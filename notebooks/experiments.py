@@ -37,9 +37,6 @@ STEPS, RATE = TINY.max_train_steps, TINY.learning_rate
 EQUAL = STEPS // 2  # steps after which trainings are compared: until then the rate is constant in all of them
 
 
-# What no option of train.py changes
-
-
 def hints_changed(change: Callable[[Callable[[int], Tensor], int], Tensor]) -> AbstractContextManager:
     """Training pairs, but not held-out ones, get the hint that `change` makes of (index -> hint, index)."""
 

@@ -1,6 +1,5 @@
 """Pictures of what trainings learn, with words in matplotlib's font: samples, curves, and README's animation."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from convergence import jump_step
 from support.pictures import save_animation, save_picture, to_picture
