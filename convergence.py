@@ -255,8 +255,8 @@ def main() -> None:
         if step == max(checkpoints):
             print_table(measured)
         print(f"{path}: {summary(measured)}; {verdict(measured)}")
-        (loss, _), (gap, _), (sensitivity, _) = (measured.figures()[name] for name in ("own", "gap", "sensitivity"))
-        history.append({"step": step, "heldout_loss": loss, "hint_sensitivity": sensitivity, "hint_gap": gap})
+        loss, sensitivity, gap = map(measured.figures().get, ("own", "sensitivity", "gap"))
+        history.append({"step": step, "heldout_loss": loss[0], "hint_sensitivity": sensitivity[0], "hint_gap": gap[0]})
     if len(history) > 1:
         plot_convergence({args.controlnet: history}, args.output)
         print(f"wrote {args.output}")

@@ -70,6 +70,7 @@ def guided_eps(
     """
     sides = 1 if scale == 1 else 2  # at 1 ε_uc cancels out
     hinted = sides if mode == "uniform" else 1  # sides that see the hints
+    weights = [control_weights(mode, strength) for strength in strengths]
     contexts = [sd.encode_prompts([negative_prompt]).expand(len(prompts), -1, -1), sd.encode_prompts(prompts)]
     context, seeing = torch.cat(contexts[-sides:]), slice(-hinted * len(prompts), None)  # rows of the batch
     with sd.autocast():
@@ -78,9 +79,9 @@ def guided_eps(
     def control(z: Tensor, t: Tensor) -> list[Tensor]:
         """The residuals of all ControlNets, each times its weight, added (Fig. 6); 0 for a side that sees no hint."""
         lists = []
-        for net, condition, strength in zip(controlnets, conditions, strengths, strict=True):
+        for net, condition, factors in zip(controlnets, conditions, weights, strict=True):
             residuals = net.residuals(z[seeing], torch.cat([condition] * hinted), t[seeing], context[seeing])
-            lists.append([w * r for w, r in zip(control_weights(mode, strength), residuals, strict=True)])
+            lists.append([factor * residual for factor, residual in zip(factors, residuals, strict=True)])
         unseeing = (sides - hinted) * len(prompts)
         return [torch.cat([r.new_zeros(unseeing, *r.shape[1:]), r]) for r in add_residuals(*lists)]
 
@@ -116,8 +117,8 @@ def load_beside(sd: StableDiffusion, path: Path) -> ControlNet:
 
 def parse_arguments():
     parser = options.ArgumentParser(description="Sample pictures that follow a hint and a prompt.")
-    add, finite = parser.add_argument, options.finite_float
-    ddim_steps = options.number(int, lambda value: 1 <= value < 1000, "a whole number from 1 to 999")
+    add, finite, steps = parser.add_argument, options.finite_float, NoiseSchedule().steps
+    ddim_steps = options.number(int, lambda value: 1 <= value < steps, f"a whole number from 1 to {steps - 1}")
     add("--base", default="tiny", help=options.BASE)
     add("--vae", default="", help=options.VAE)
     add("--controlnet", action="append", default=[], help=f"{options.CONTROLNET}; repeatable")

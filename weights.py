@@ -81,16 +81,19 @@ def save_controlnet(
 
 def save_trained(denoiser: Denoiser, path: Path, metadata: dict[str, str], dtype: torch.dtype | None = None) -> None:
     """Write what train.py trained: the ControlNet, and a decoder, which sample.py then loads into the base."""
-    names, tensors = official_names(denoiser.unet), denoiser.unet.state_dict()
-    decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
-    told = {"unlock_decoder": "true"} if decoder else {}
-    save_controlnet(denoiser.controlnet, path, metadata=metadata | told, others=decoder, dtype=dtype)
+    decoder = {}
+    if len(denoiser.trained) > 1:
+        metadata, names = metadata | {"unlock_decoder": "true"}, official_names(denoiser.unet)
+        tensors = denoiser.unet.state_dict()
+        decoder = {names[k]: tensor for k, tensor in tensors.items() if k.split(".")[0] in denoiser.trained}
+    save_controlnet(denoiser.controlnet, path, metadata=metadata, others=decoder, dtype=dtype)
 
 
 def load_decoder(unet: UNet, path: Path) -> bool:
     """Load the decoder that was trained with a ControlNet (--unlock-decoder); False if none was."""
-    folder, names = path.parent if path.name == STATE else path, official_names(unet)
+    folder = path.parent if path.name == STATE else path
     if is_checkpoint(folder):
+        names = official_names(unet)
         decoder = {names[name]: tensor for name, tensor in read_trained(folder)[1].items()}
     else:
         tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})

@@ -60,7 +60,7 @@ def draw_sheet(
 def draw_curves(logs: dict[str, list[dict]], path: Path) -> None:
     """A panel for each log, nine of them: hint sensitivity and hint gap over the steps, and the jump, as a PNG."""
     figure = Figure(figsize=(8.4, 6.2), dpi=90, layout="constrained")
-    axes = figure.subplots(3, 3, sharex=True, sharey=True, squeeze=False).flat
+    axes = figure.subplots(3, 3, sharex=True, sharey=True).flat
     for axis, (name, log) in zip(axes, logs.items()):
         (steps, sensitivity), (_, gap) = (curve(log, field) for field in ("hint_sensitivity", "hint_gap"))
         axis.plot(steps, sensitivity, color="#0072b2", label="hint sensitivity (of the noise, whose size is 1)")

@@ -16,6 +16,7 @@ from support.command import run_command_line
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from clip_text import MAX_LENGTH, Tokenizer
 from data import draw_fill50k
@@ -66,10 +67,11 @@ def our_side(args: Namespace, base: Path, control: Path | None) -> tuple[Numbers
         numbers |= {f"residual {i:2} at t = {t}": r for i, r in enumerate(residuals or [], 1)}
         numbers[f"ε at t = {t}"] = sd.unet(z, at, context, residuals)
     hints = [given["hint"]] * len(controlnets)
-    numbers["sample"] = generate(
-        sd, controlnets, hints, PROMPTS[:1], steps=args.steps, guidance_scale=GUIDANCE_SCALE,
-        size=(args.resolution,) * 2,
-    )  # fmt: skip
+    with tqdm(total=args.steps, desc="sampling") as bar:
+        numbers["sample"] = generate(
+            sd, controlnets, hints, PROMPTS[:1], steps=args.steps, guidance_scale=GUIDANCE_SCALE,
+            size=(args.resolution,) * 2, watch=lambda z_0: bar.update(),
+        )  # fmt: skip
     sizes = {"unet": sd.unet.config, "vae": sd.vae.config, "text": sd.text_encoder.config}
     return numbers, sizes | {"latent_scale": sd.latent_scale}, sd.tokenizer
 
