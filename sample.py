@@ -106,7 +106,7 @@ def load_to_sample(args, device: torch.device) -> StableDiffusion:
     args.precision = sampling_precision(args.precision, device)
     sd = StableDiffusion.load(args.base, args.vae)
     warn_if_slow(sd.unet, device)
-    place_for_sampling(sd, [], device, args.precision)
+    place_for_sampling(sd, device, args.precision)
     return sd
 
 

@@ -87,13 +87,9 @@ def sampling_precision(word: str, device: torch.device) -> str:
     return word
 
 
-def place_for_sampling(sd, controlnets: list[nn.Module], device: torch.device, precision: str) -> None:
-    """Move a Stable Diffusion and its ControlNets to the device; UNet and ControlNets are stored in `precision`.
-
-    Text encoder and VAE stay in float32: the VAE's numbers can be too large for fp16.
-    """
-    for module in (sd.unet, *controlnets):
-        module.to(device, PRECISIONS[precision])
+def place_for_sampling(sd, device: torch.device, precision: str) -> None:
+    """Move a Stable Diffusion to the device, its UNet in `precision`: the VAE's numbers can be too large for fp16."""
+    sd.unet.to(device, PRECISIONS[precision])
     sd.to(device)
 
 

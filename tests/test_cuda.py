@@ -8,18 +8,12 @@ from test_dry_run import count
 import sample
 import train
 from controlnet import ControlNet, Denoiser
-from sample import generate
+from sample import generate, load_beside
 from stable_diffusion import StableDiffusion
-from support.devices import (
-    PRECISIONS,
-    choose_device,
-    place,
-    place_for_sampling,
-    sampling_precision,
-)
+from support.devices import PRECISIONS, choose_device, place, place_for_sampling, sampling_precision
 from support.files import read_tensors
 from support.pictures import read_strip
-from weights import load_controlnet, load_official
+from weights import load_official
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -136,8 +130,8 @@ def test_memory_of_training(card, gigabytes, options, checkpoint, tmp_path, monk
 def test_memory_of_sampling(card, size, counted, checkpoint, control_checkpoint):
     cap(card, 6 if size == 512 else 12)
     sd = StableDiffusion.load(str(checkpoint("sd15")))
-    controlnet = load_controlnet(control_checkpoint("sd15"), sd.unet)
-    place_for_sampling(sd, [controlnet], card, sampling_precision("auto", card))
+    place_for_sampling(sd, card, sampling_precision("auto", card))
+    controlnet = load_beside(sd, control_checkpoint("sd15"))
     images = generate(sd, [controlnet], [torch.rand(1, 3, size, size)], ["a house"], steps=2)
     assert images.isfinite().all()
     assert torch.cuda.max_memory_allocated(card) < 1.1 * counted * GB

@@ -73,7 +73,8 @@ def training(args: Namespace, device: torch.device) -> Work:
 
 def sampling(args: Namespace, device: torch.device) -> Work:
     sd, controlnet = networks(args, device)
-    place_for_sampling(sd, [controlnet], device, args.precision)
+    place_for_sampling(sd, device, args.precision)
+    controlnet.to(device, sd.unet.conv_out.weight.dtype)
     hints, prompts = torch.rand(args.batch_size, 3, args.resolution, args.resolution), [""] * args.batch_size
 
     def step(lap: Callable[[str], None]) -> None:
