@@ -12,7 +12,8 @@ from stable_diffusion import TINY, TINY_FILE
 from support.files import read_tensors
 from tools import fit, pretrain
 from tools.dusk import DUSK, at_dusk, iou_in_light
-from tools.shapes import judge
+from tools.pretrain_round import slightly_wrong
+from tools.shapes import fit_shape, judge
 from weights import load_controlnet
 
 APART = MIN_COLOUR_DISTANCE / 255 / 3  # mean absolute difference, at least, of a scene's two colours
@@ -53,6 +54,18 @@ def test_the_palette_brings_the_colours(tiny):
         return (images - colours).abs().mean(dim=2).amin(dim=1).mean()
 
     assert 3 * distance([controlnet], [hints]) < distance([], [])
+
+
+def test_slightly_wrong_scenes_show_the_same():
+    """A dented scene has a ragged outline, and still its caption's shape and colours, about where they were."""
+    images, captions = fit.draw_batch(fit.UNSEEN, range(8), 128)
+    generator = torch.Generator().manual_seed(0)
+    dented = slightly_wrong(images, captions, generator=generator, **pretrain.SLIGHTLY["dented"])
+    (names, places, smooth), (_, moved, ragged) = (zip(*map(fit_shape, pictures)) for pictures in (images, dented))
+    assert all(f" {name} with " in caption for name, caption in zip(names, captions))
+    assert max(smooth) < 0.05 and sum(ragged) / 8 > 0.2
+    assert max(abs(a - b).max() for a, b in zip(places, moved)) < 2
+    assert max(max(judge(picture, caption)[:2]) for picture, caption in zip(dented, captions)) < 0.05
 
 
 def test_learning_merges(tmp_path):

@@ -7,6 +7,8 @@ stage's name it runs that one. A stage that was stopped goes on where it was: em
 import json
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 from support.command import run_command_line
@@ -26,7 +28,8 @@ from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
-from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
+from tools.fit import EMPTY_PROMPTS, SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
+from tools.pretrain_round import Wrong, forgive, paint_midway, repair, slightly_wrong
 from tools.pretrain_vae import reconstruct, train_vae
 from tools.shapes import judge, outline_error
 from vae import AutoencoderKL, sample_latent
@@ -40,9 +43,15 @@ PLANS = {
     # For rounder circles and straighter edges: from the full learning rate down to 0, again and again.
     "polish-1": Plan(2300, 64, 5e-4, constant=0, seed=100_000),
     "polish-2": Plan(3000, 64, 5e-4, constant=0, seed=200_000),
+    "forgive": Plan(1500, 16, 6e-4, constant=0.25, seed=700_000),
+    "polish-3": Plan(1250, 64, 5e-4, constant=0.99, seed=800_000, weights=((1, 2),)),
+    "repair-1": Plan(3600, 64, 5e-4, constant=0, seed=900_000, weights=((1, 2),)),
+    "repair-2": Plan(1400, 64, 4e-4, constant=0, seed=1_000_000, weights=((1, 2),)),
 }
-EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 LATENTS = 20_000  # scenes that the UNet is trained on
+WRONG = 9_984  # of them, the first ones, are also drawn slightly wrong
+SLIGHTLY = {"dented": {"cells": [6, 8, 12, 16, 24], "most": 1.4}, "bent": {"cells": [2, 3, 4], "most": 2.5}}
+MIDWAY = 2560  # captions of which repair-2 sees what the UNet itself predicts
 
 
 def learn_merges(folder: Path) -> None:
@@ -145,12 +154,25 @@ def train_unet(folder: Path, plan: Plan) -> None:
 
 
 def polish(folder: Path) -> None:
-    """Train what ships on, by every plan of this name."""
-    sd = StableDiffusion.load("tiny")
-    moments, captions = encode_scenes(folder / "latents.safetensors", sd.vae, LATENTS)
+    """Train what ships on, by the plans from polish-1 on: the UNet, then the VAE, then the UNet on its new latents."""
+    sd, latents = StableDiffusion.load("tiny"), folder / "latents.safetensors"
     for stage, plan in PLANS.items():
         if stage.startswith("polish"):
-            learn_to_paint(stage, folder, sd, moments, captions, plan)
+            learn_to_paint(stage, folder, sd, *encode_scenes(latents, sd.vae, LATENTS), plan)
+        elif stage == "forgive":
+            forgive(sd, folder, plan)
+            latents = folder / "forgiving-latents.safetensors"
+        elif stage.startswith("repair"):
+            wrong, rows = [], 10
+            if stage == "repair-2":
+                wrong, rows = [Wrong(*paint_midway(sd, MIDWAY), rows=12)], 4
+            for kind, least in (("dented", 0.2), ("bent", 1.0)):
+                change = partial(slightly_wrong, **SLIGHTLY[kind], generator=torch.Generator().manual_seed(SEED))
+                pictures, _ = encode_scenes(folder / f"{kind}.safetensors", sd.vae, WRONG, change)
+                moments, captions = encode_scenes(latents, sd.vae, LATENTS)
+                wrong.append(Wrong(moments[:WRONG], captions[:WRONG], pictures[:, :4], rows, least))
+            show = partial(preview, sd, folder / f"{stage}.png")
+            repair(stage, sd, folder, plan, moments, captions, wrong, show)
     pack(sd, TINY_FILE, TINY_FILE.parent)
 
 
@@ -167,7 +189,6 @@ def learn_to_paint(
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
     learning = nn.ModuleDict({part: getattr(sd, part) for part in plan.learning}).requires_grad_(True)
-    _, unseen = draw_batch(UNSEEN, range(16), 8)
 
     def loss_fn(step, generator):
         chosen = torch.randint(len(moments), (plan.batch,), generator=generator)
@@ -183,17 +204,18 @@ def learn_to_paint(
         limits = plan.weights[step * len(plan.weights) // plan.steps]
         return (weights[t].clamp(*limits) * errors).mean(), {"eps": errors.detach().mean()}
 
-    @torch.no_grad()
-    def show(average, step):
-        trained = StableDiffusion(sd.tokenizer, TINY.text, TINY.vae, TINY.unet, sd.latent_scale)
-        for name, part in {**dict(sd.named_children()), **average}.items():
-            setattr(trained, name, part)
-        size = (TINY.resolution, TINY.resolution)
-        images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
-        save_grid(folder / f"{stage}.png", images[:8], images[8:])
-
+    show = partial(preview, sd, folder / f"{stage}.png")
     for part, trained in fit(stage, folder, learning, loss_fn, show, plan).items():
         setattr(sd, part, trained)
+
+
+def preview(sd: StableDiffusion, path: Path, average: nn.ModuleDict, _step: int) -> None:
+    """What `sd` with its parts' running averages paints for the first unseen captions."""
+    trained, (_, unseen) = copy(sd), draw_batch(UNSEEN, range(16), 8)
+    trained._modules = sd._modules | dict(average)
+    size = (TINY.resolution, TINY.resolution)
+    images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
+    save_grid(path, images[:8], images[8:])
 
 
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:

@@ -63,27 +63,32 @@ def outline(image: Tensor, mask: Tensor) -> np.ndarray:
     return np.concatenate(lines or [np.empty((0, 2))]) + 0.5
 
 
-def outline_error(image: Tensor) -> float:
-    """How ragged a painted shape is: the mean distance in pixels of its outline from the best-fitting of data.SHAPES.
+def fit_shape(image: Tensor) -> tuple[str, np.ndarray, float]:
+    """Which of data.SHAPES a picture [3, H, W] in [-1, 1] shows, (x, y, r) in pixels, and how far its outline is off.
 
-    image [3, H, W] in [-1, 1]. Centre and radius are fitted to the outline by least squares (Gauss-Newton), from
-    `best_shape` on. nan when no shape is to be seen.
+    Centre and radius are fitted to the outline by least squares (Gauss-Newton), from `best_shape` on; the last is the
+    mean distance in pixels. No name, and nan, when no shape is to be seen.
     """
     mask = segment(image)
     if not mask.any() or mask.all():
-        return math.nan
+        return "", np.zeros(3), math.nan
     (kind, fit), points = best_shape(mask), outline(image, mask)
 
     def distance(fit):
         return signed_distance(kind, points[:, 0] - fit[0], points[:, 1] - fit[1], fit[2])
 
-    best = np.inf
+    best = kind, fit, np.inf
     for _ in range(20):
         found = distance(fit)
-        best = min(best, abs(found).mean())
+        best = min(best, (kind, fit, abs(found).mean()), key=lambda tried: tried[2])
         slopes = np.stack([(distance(fit + step) - found) / 1e-3 for step in 1e-3 * np.eye(3)], axis=1)
         fit = fit - np.linalg.lstsq(slopes, found, rcond=None)[0]
     return best
+
+
+def outline_error(image: Tensor) -> float:
+    """How ragged a painted shape is: its outline's mean distance in pixels from the best-fitting of data.SHAPES."""
+    return fit_shape(image)[2]
 
 
 def judge(sample: Tensor, caption: str) -> tuple[float, float, bool]:
