@@ -19,7 +19,6 @@ from support.pictures import save_picture, to_picture
 SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
 CHECKPOINT_EVERY = 200
-EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 
 
 class Plan(NamedTuple):

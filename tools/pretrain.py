@@ -6,8 +6,7 @@ stage's name it runs that one. A stage that was stopped goes on where it was: em
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +20,15 @@ from tqdm import tqdm
 
 from clip_text import WORD, WORD_END, CLIPTextModel, Tokenizer, byte_symbols, join_pair
 from data import COLOURS, SHAPES
-from diffusion import NoiseSchedule
+from diffusion import NoiseSchedule, guided_noise
 from formats.networks import config_metadata
 from sample import generate
 from stable_diffusion import TINY, TINY_FILE, StableDiffusion
 from support.errors import UserError
 from support.files import read_tensors, save_tensors, write_atomically
 from support.options import ArgumentParser
-from tools.fit import EMPTY_PROMPTS, SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
-from tools.pretrain_round import Wrong, forgive, paint_midway, repair, slightly_wrong
+from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, load_trained, save_grid
+from tools.pretrain_round import Wrong, forgive, paint_midway, slightly_wrong
 from tools.pretrain_vae import reconstruct, train_vae
 from tools.shapes import judge, outline_error
 from vae import AutoencoderKL, sample_latent
@@ -48,6 +47,7 @@ PLANS = {
     "repair-1": Plan(3600, 64, 5e-4, constant=0, seed=900_000, weights=((1, 2),)),
     "repair-2": Plan(1400, 64, 4e-4, constant=0, seed=1_000_000, weights=((1, 2),)),
 }
+EMPTY_PROMPTS = 0.1  # so that the UNet knows both sides of guidance
 LATENTS = 20_000  # scenes that the UNet is trained on
 WRONG = 9_984  # of them, the first ones, are also drawn slightly wrong
 SLIGHTLY = {"dented": {"cells": [6, 8, 12, 16, 24], "most": 1.4}, "bent": {"cells": [2, 3, 4], "most": 2.5}}
@@ -157,65 +157,86 @@ def polish(folder: Path) -> None:
     """Train what ships on, by the plans from polish-1 on: the UNet, then the VAE, then the UNet on its new latents."""
     sd, latents = StableDiffusion.load("tiny"), folder / "latents.safetensors"
     for stage, plan in PLANS.items():
-        if stage.startswith("polish"):
-            learn_to_paint(stage, folder, sd, *encode_scenes(latents, sd.vae, LATENTS), plan)
-        elif stage == "forgive":
+        if stage == "forgive":
             forgive(sd, folder, plan)
             latents = folder / "forgiving-latents.safetensors"
-        elif stage.startswith("repair"):
+        elif stage.startswith(("polish", "repair")):
+            moments, captions = encode_scenes(latents, sd.vae, LATENTS)
             wrong, rows = [], 10
             if stage == "repair-2":
                 wrong, rows = [Wrong(*paint_midway(sd, MIDWAY), rows=12)], 4
-            for kind, least in (("dented", 0.2), ("bent", 1.0)):
+            for kind, least in (("dented", 0.2), ("bent", 1.0)) if stage.startswith("repair") else ():
                 change = partial(slightly_wrong, **SLIGHTLY[kind], generator=torch.Generator().manual_seed(SEED))
                 pictures, _ = encode_scenes(folder / f"{kind}.safetensors", sd.vae, WRONG, change)
-                moments, captions = encode_scenes(latents, sd.vae, LATENTS)
                 wrong.append(Wrong(moments[:WRONG], captions[:WRONG], pictures[:, :4], rows, least))
-            show = partial(preview, sd, folder / f"{stage}.png")
-            repair(stage, sd, folder, plan, moments, captions, wrong, show)
+            learn_to_paint(stage, folder, sd, moments, captions, plan, wrong)
     pack(sd, TINY_FILE, TINY_FILE.parent)
 
 
 def learn_to_paint(
-    stage: str, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str], plan: Plan
-) -> None:
+    stage: str, folder: Path, sd: StableDiffusion, moments: Tensor, captions: list[str], plan: Plan,
+    wrong: Sequence[Wrong] = (),
+) -> None:  # fmt: skip
     """Train the planned parts of `sd` on latents and captions, as encode_scenes gives them.
 
     Colours are decided where z_t is nearly pure noise. But there ε is nearly z_t itself, and the squared error of the
     picture is only SNR times as large in ε. So those steps weigh more, as in a loss on z_0; less so once the colours
     are right, for the shapes.
+
+    Scenes slightly wrong, rows of each batch, are to be painted as they should be: the target is the ε that leads from
+    z_t to the right scene. It is compared with what guidance makes of both sides, as there the picture is to be seen
+    already, the prompt says nothing new, and guidance would only multiply errors.
     """
     sd.to(memory_format=torch.channels_last).requires_grad_(False)
     ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
     weights = (1 / schedule.alphas_cumprod - 1).float()  # 1 / SNR
     learning = nn.ModuleDict({part: getattr(sd, part) for part in plan.learning}).requires_grad_(True)
 
-    def loss_fn(step, generator):
-        chosen = torch.randint(len(moments), (plan.batch,), generator=generator)
-        prompts = ids[chosen]
-        prompts[torch.rand(len(prompts), generator=generator) < EMPTY_PROMPTS] = empty
-        noise, eps = (torch.randn(len(chosen), *moments[0, :4].shape, generator=generator) for _ in range(2))
-        z0 = sd.latent_scale * sample_latent(moments[chosen], noise).contiguous(memory_format=torch.channels_last)
-        # One t from each of as many equal parts: a batch's loss depends on its times more than on anything else.
-        t = ((torch.arange(len(z0)) + torch.rand(len(z0), generator=generator)) * schedule.steps / len(z0)).long()
-        # float32: at 16x16 pixels autocast costs more than bfloat16 saves
-        predicted = sd.unet(schedule.add_noise(z0, eps, t), t, sd.text_encoder(prompts))
-        errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
-        limits = plan.weights[step * len(plan.weights) // plan.steps]
-        return (weights[t].clamp(*limits) * errors).mean(), {"eps": errors.detach().mean()}
+    wrong_ids, rows_of = [sd.tokenizer(kind.captions) for kind in wrong], [kind.rows for kind in wrong]
+    _, unseen = draw_batch(UNSEEN, range(16), 8)
 
-    show = partial(preview, sd, folder / f"{stage}.png")
+    def loss_fn(step, generator):
+        def uniform(*shape):
+            return torch.rand(*shape, generator=generator)
+
+        chosen = torch.randint(len(moments), (plan.batch,), generator=generator)
+        right, prompts = moments[chosen], ids[chosen]
+        prompts[uniform(plan.batch) < EMPTY_PROMPTS] = empty
+        noise, eps = (torch.randn(right[:, :4].shape, generator=generator) for _ in range(2))
+        # One t from each of as many equal parts: a batch's loss depends on its times more than on anything else.
+        t = ((torch.arange(plan.batch) + uniform(plan.batch)) * schedule.steps / plan.batch).long()
+
+        off = 2 + torch.randperm(40, generator=generator)[: sum(rows_of)]  # of 64 rows: 31 <= t < 656
+        for kind, own_ids, rows in zip(wrong, wrong_ids, off.split(rows_of)):
+            chosen = torch.randint(len(kind.latents), (len(rows),), generator=generator)
+            right[rows], prompts[rows] = kind.moments[chosen], own_ids[chosen]
+            share = kind.least + (1 - kind.least) * uniform(len(rows), 1, 1, 1)
+            delta = share * sd.latent_scale * (kind.latents[chosen] - right[rows, :4])
+            eps[rows] += delta / weights[t[rows], None, None, None].sqrt()  # z_t is then that of z_0 + delta
+        z_t = schedule.add_noise(sd.latent_scale * sample_latent(right, noise), eps, t)
+        z_t = torch.cat([z_t, z_t[off]]).contiguous(memory_format=torch.channels_last)
+        context = sd.text_encoder(torch.cat([prompts, empty.expand(len(off), -1)]))
+        # float32: at 16x16 pixels autocast costs more than bfloat16 saves
+        predicted, blind = sd.unet(z_t, torch.cat([t, t[off]]), context).split([plan.batch, len(off)])
+        guided = guided_noise(blind, predicted[off], 1 + 3 * uniform(len(off), 1, 1, 1))
+        predicted = predicted.index_put((off,), guided)
+
+        errors = (predicted - eps).square().mean((1, 2, 3))  # equation (5) without a hint, for each picture
+        weight = weights[t].clamp(*plan.weights[step * len(plan.weights) // plan.steps])
+        weight[off] = (weights[t[off]] / weights[51]).clamp(max=1)
+        return (weight * errors).mean(), {"eps": errors.detach().mean()}
+
+    @torch.no_grad()
+    def show(average, step):
+        trained = StableDiffusion(sd.tokenizer, TINY.text, TINY.vae, TINY.unet, sd.latent_scale)
+        for name, part in {**dict(sd.named_children()), **average}.items():
+            setattr(trained, name, part)
+        size = (TINY.resolution, TINY.resolution)
+        images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
+        save_grid(folder / f"{stage}.png", images[:8], images[8:])
+
     for part, trained in fit(stage, folder, learning, loss_fn, show, plan).items():
         setattr(sd, part, trained)
-
-
-def preview(sd: StableDiffusion, path: Path, average: nn.ModuleDict, _step: int) -> None:
-    """What `sd` with its parts' running averages paints for the first unseen captions."""
-    trained, (_, unseen) = copy(sd), draw_batch(UNSEEN, range(16), 8)
-    trained._modules = sd._modules | dict(average)
-    size = (TINY.resolution, TINY.resolution)
-    images = generate(trained, [], [], unseen, size=size, guidance_scale=TINY.guidance_scale)
-    save_grid(path, images[:8], images[8:])
 
 
 def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:

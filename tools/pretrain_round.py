@@ -12,15 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from data import signed_distance
-from diffusion import NoiseSchedule, guided_noise
 from metrics import prompt_colours
 from sample import generate
 from stable_diffusion import TINY, StableDiffusion
-from tools.fit import EMPTY_PROMPTS, TRAIN, UNSEEN, Plan, draw_batch, fit
+from tools.fit import TRAIN, UNSEEN, Plan, draw_batch, fit
 from tools.pretrain_vae import KL_WEIGHT, reconstruct
 from tools.shapes import fit_shape
 from vae import sample_latent
@@ -134,47 +133,3 @@ def paint_midway(sd: StableDiffusion, count: int) -> tuple[Tensor, list[str], Te
                 captions.append(text)
                 latents.append(z[None] / sd.latent_scale)
     return torch.cat(moments), captions, torch.cat(latents)
-
-
-def repair(
-    stage: str, sd: StableDiffusion, folder: Path, plan: Plan, moments: Tensor, captions: list[str], wrong: list[Wrong],
-    show,
-) -> None:  # fmt: skip
-    """Train the UNet of `sd` on; a third of each batch are scenes slightly wrong, to be painted as they should be.
-
-    For those the target is the ε that leads from z_t to the right scene, and it is compared with what guidance makes of
-    both sides: the picture is to be seen already, the prompt says nothing new, and guidance would only multiply errors.
-    """
-    ids, empty, schedule = sd.tokenizer(captions), sd.tokenizer([""])[0], NoiseSchedule()
-    wrong_ids = [sd.tokenizer(kind.captions) for kind in wrong]
-    inverse_snr, limits = (1 / schedule.alphas_cumprod - 1).float(), plan.weights[0]
-    learning = nn.ModuleDict({"unet": sd.unet.requires_grad_(True)})
-
-    def loss_fn(step, generator):
-        def uniform(*shape):
-            return torch.rand(*shape, generator=generator)
-
-        t = ((torch.arange(plan.batch) + uniform(plan.batch)) * schedule.steps / plan.batch).long()
-        chosen = torch.randint(len(moments), (plan.batch,), generator=generator)
-        right, prompts = moments[chosen], ids[chosen]
-        prompts[uniform(plan.batch) < EMPTY_PROMPTS] = empty
-        noise, eps = (torch.randn(right[:, :4].shape, generator=generator) for _ in range(2))
-        off = 2 + torch.randperm(40, generator=generator)[: sum(kind.rows for kind in wrong)]  # t = 31 ... 655
-        for kind, own_ids, rows in zip(wrong, wrong_ids, off.split([kind.rows for kind in wrong])):
-            chosen = torch.randint(len(kind.latents), (len(rows),), generator=generator)
-            right[rows], prompts[rows] = kind.moments[chosen], own_ids[chosen]
-            share = kind.least + (1 - kind.least) * uniform(len(rows), 1, 1, 1)
-            delta = share * sd.latent_scale * (kind.latents[chosen] - right[rows, :4])
-            eps[rows] += delta / inverse_snr[t[rows], None, None, None].sqrt()  # z_t is then that of z_0 + delta
-        z_t = schedule.add_noise(sd.latent_scale * sample_latent(right, noise), eps, t)
-        z_t = z_t.contiguous(memory_format=torch.channels_last)
-        context = sd.text_encoder(torch.cat([prompts, empty.expand(len(off), -1)]))
-        predicted = sd.unet(torch.cat([z_t, z_t[off]]), torch.cat([t, t[off]]), context)
-        predicted, blind = predicted.split([plan.batch, len(off)])
-        guided = guided_noise(blind, predicted[off], 1 + 3 * uniform(len(off), 1, 1, 1))
-        errors = (predicted.index_put((off,), guided) - eps).square().mean((1, 2, 3))
-        weights = inverse_snr[t].clamp(*limits)
-        weights[off] = (inverse_snr[t[off]] / inverse_snr[51]).clamp(max=1)
-        return (weights * errors).mean(), {"eps": errors.detach().mean()}
-
-    sd.unet = fit(stage, folder, learning, loss_fn, show, plan)["unet"].requires_grad_(False)
