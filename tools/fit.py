@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from data import SHAPES, draw_scene
 from support.checkpoints import load_state, state_tensors
 from support.files import read_tensors, save_tensors
-from support.pictures import save_picture, to_picture
+from support.pictures import to_picture
 
 SEED = 0
 TRAIN, UNSEEN = 1, 2  # streams of scenes
@@ -86,9 +87,9 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_fn, show, plan: Plan) 
     return average.module
 
 
-def save_grid(path: Path, *rows: Tensor) -> None:
+def grid(*rows: Tensor) -> Image.Image:
     """Rows of images [N, 3, H, W] in [-1, 1] as one picture."""
-    save_picture(to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)), path)
+    return to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
 
 
 def load_trained(path: Path, module: nn.Module, inside: str = "") -> None:

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from controlnet import zero_weights
 from stable_diffusion import TINY
-from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, save_grid
+from support.pictures import save_picture
+from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, grid
 from unet import ResBlock
 from vae import AutoencoderKL, Downsample, SpatialAttention, Upsample, sample_latent
 
@@ -62,7 +63,7 @@ def train_vae(folder: Path, plan: Plan) -> None:
     def show(average, step):
         decoded, psnr = reconstruct(average, unseen)
         tqdm.write(f"vae step {step}: PSNR {psnr:.2f} dB on {len(unseen)} unseen pictures")
-        save_grid(folder / "vae.png", unseen[:8], decoded[:8])
+        save_picture(grid(unseen[:8], decoded[:8]), folder / "vae.png")
 
     fit("vae", folder, vae.to(memory_format=torch.channels_last), loss_fn, show, plan)
 

@@ -91,6 +91,13 @@ def outline_error(image: Tensor) -> float:
     return fit_shape(image)[2]
 
 
+def unevenness(image: Tensor) -> float:
+    """How blotched a painted shape is: the standard deviation of its colour, 0 to 1, two pixels off its outline."""
+    outside = F.pad((~segment(image)).float()[None], (2,) * 4, value=1)
+    inner = F.max_pool2d(outside, 5, 1)[0] == 0
+    return (image[:, inner] / 2).std(dim=1).mean().item() if inner.sum() > 20 else math.nan
+
+
 def judge(sample: Tensor, caption: str) -> tuple[float, float, bool]:
     """Compare a sample [3, H, W] in [-1, 1] with its caption: (shape's colour error, background's, right shape?).
 
