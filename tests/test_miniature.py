@@ -1,5 +1,7 @@
 """The Stable Diffusion that ships here, and what made it."""
 
+from statistics import mean
+
 import pytest
 import torch
 from standin import ROOT
@@ -13,7 +15,7 @@ from support.files import read_tensors
 from tools import fit, pretrain
 from tools.dusk import DUSK, at_dusk, iou_in_light
 from tools.pretrain_round import slightly_wrong
-from tools.shapes import fit_shape, judge
+from tools.shapes import fit_shape, judge, outline_error
 from weights import load_controlnet
 
 APART = MIN_COLOUR_DISTANCE / 255 / 3  # mean absolute difference, at least, of a scene's two colours
@@ -28,7 +30,9 @@ def test_it_is_small_and_official(tiny):
     assert (tiny.unet.config, tiny.vae.config, tiny.text_encoder.config) == (TINY.unet, TINY.vae, TINY.text)
     assert tiny.latent_scale == TINY.latent_scale
     images, _ = fit.draw_batch(fit.UNSEEN, range(8), 128)
-    assert pretrain.reconstruct(tiny.vae, images)[1] >= 32  # dB: an error of 2.5 % of the range, hard to see
+    z = tiny.encode_images(images)
+    noisy = tiny.decode_latents(z + 0.2 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0)))
+    assert (noisy - images).abs().mean() <= 0.02 and mean(map(outline_error, noisy)) <= 0.25  # px: the VAE forgives
 
 
 def test_the_base_paints_what_the_prompt_says(tiny):
@@ -36,7 +40,7 @@ def test_the_base_paints_what_the_prompt_says(tiny):
     _, captions = fit.draw_batch(fit.UNSEEN, range(8), 8)
     images = generate(tiny, [], [], captions, size=(128, 128), steps=10, guidance_scale=TINY.guidance_scale)
     judged = torch.tensor([judge(image, caption) for image, caption in zip(images, captions)])
-    assert judged[:, :2].mean() <= APART / 2 and judged[:, 2].sum() >= 7
+    assert judged[:, :2].mean() <= APART / 2 and judged[:, 2].sum() >= 7 and mean(map(outline_error, images)) <= 0.4
     others = torch.tensor([judge(image, caption) for image, caption in zip(images, captions[1:] + captions[:1])])
     assert others[:, :2].mean() > APART
 
