@@ -5,6 +5,7 @@ another pair's hint changes in the prediction: hint sensitivity and hint gap, wh
 all of them on HeldOut pairs; `python convergence.py --controlnet FILE|RUN` the latter two, of any ControlNet.
 """
 
+import math
 from itertools import accumulate
 from pathlib import Path
 
@@ -126,16 +127,17 @@ def measurements(history: list[dict]) -> list[dict]:
 
 
 def growth_step(history: list[dict]) -> int | None:
-    """The first logged step at which the hint sensitivity is seen to grow, or None.
+    """The first logged step, up to the jump, at which the hint sensitivity is seen to grow, or None.
 
     Seen: in three measurements running it was at least 10 times its smallest value so far, so that neither rounding
     noise nor a single spike passes for growth.
     """
+    jump = jump_step(history) or math.inf
     entries = [entry for entry in measurements(history) if entry["hint_sensitivity"] > 0]
     values = [entry["hint_sensitivity"] for entry in entries]
     grown = [value >= GROWTH * smallest for value, smallest in zip(values, accumulate(values, min))]
     threes = zip(entries[2:], grown, grown[1:], grown[2:])
-    return next((entry["step"] for entry, *three in threes if all(three)), None)
+    return next((entry["step"] for entry, *three in threes if all(three) and entry["step"] <= jump), None)
 
 
 def jump_step(history: list[dict]) -> int | None:

@@ -68,7 +68,7 @@ def test_growth_is_told_from_noise():
     heard = [{"step": i, "hint_sensitivity": 0.01 * 20**i, "hint_gap": 1, "heldout_loss": 1} for i in range(5)]
     assert growth_step(heard) is jump_step(heard) is None  # from the start on: unless it knew nothing
     heard[0]["hint_sensitivity"] = 0
-    assert (growth_step(heard), jump_step(heard)) == (4, 2)
+    assert (growth_step(heard), jump_step(heard)) == (None, 2)  # once it has jumped, growth is no news
 
 
 def test_jump_is_half_of_the_loss_in_three_measurements():
