@@ -93,10 +93,10 @@ TABLE = {
         ),
         "lite": Training("--copy lite", steps=3 * EQUAL),
     },
-    "batch": {f"batch-{n}": Training(f"--train-batch-size {n}", 3, max(1, 32 // n) * EQUAL) for n in (8, 16, 64)},
+    "batch": {f"batch-{n}": Training(f"--train-batch-size {n}", 3, 32 // n * EQUAL) for n in (8, 16)},
     "pairs": {  # beside seed, which has 1,000
         f"pairs-{n}": Training(
-            f"--snapshot-steps 20 --cooldown {TINY.cooldown}", 3, STEPS, partial(patch.dict, data.DRAWN_PAIRS, drawn=n)
+            f"--snapshot-steps 40 --cooldown {TINY.cooldown}", 3, STEPS, partial(patch.dict, data.DRAWN_PAIRS, drawn=n)
         )
         for n in (30, 100)
     },
@@ -169,7 +169,7 @@ def score(group: str, arms: list[scores.Arm]) -> list[dict]:
             return scores.score_fill50k()
         case "pairs":
             for name, i, _ in arms:
-                scores.follow(name, i, range(0, STEPS + 1, 20))
+                scores.follow(name, i, range(0, STEPS + 1, 40))
     return []
 
 

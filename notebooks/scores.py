@@ -23,6 +23,7 @@ from weights import load_controlnet
 ROOT = Path(__file__).parent.parent
 RUNS, DOCS, LOGS, MODELS = ROOT / "runs", ROOT / "docs", ROOT / "docs" / "logs", ROOT / "models"
 HELD_OUT, FRESH, TRIED = (32, DRAWN_HELD_OUT), (256, 987654), (32, 777)  # drawn pairs: their number and seed
+COLOURS_RIGHT = 0.1  # the largest colour error of what counts as right
 PROMPTS = {  # Fig. 8's four kinds, made from a pair's own prompt
     "none": lambda prompt: "",
     "insufficient": lambda prompt: "a high-quality, detailed, and professional image",
@@ -172,7 +173,10 @@ def score_failures(arms: list[Arm]) -> list[dict]:
 
 
 def score_palette() -> list[dict]:
-    """Fig. 6, ring and palette without a prompt: nine settings; then, on other pairs, the best and each hint alone."""
+    """Fig. 6, ring and palette without a prompt: nine settings; then, on other pairs, the best and each hint alone.
+
+    The best has the most samples with the place right and the colours, within COLOURS_RIGHT of the prompt's.
+    """
     models = {"ring": "fill50k", "palette": "palette"}
     controlnets = {hint: load(MODELS / name / "controlnet.safetensors") for hint, name in models.items()}
 
@@ -181,11 +185,15 @@ def score_palette() -> list[dict]:
         hints, prompts = {"ring": rings, "palette": palettes}, [""] * len(rings)
         chosen = [controlnets[hint] for hint in strengths], [hints[hint] for hint in strengths]
         images = sample(base(), *chosen, prompts, guidance_scale=scale, strengths=[*strengths.values()])
-        return {"guidance_scale": scale, "strengths": strengths} | scores_of(images, rings, pairs.prompts)
+        scores = scores_of(images, rings, pairs.prompts)
+        right = [
+            iou >= FOLLOWED and error <= COLOURS_RIGHT for iou, error in zip(scores["iou"], scores["colour_error"])
+        ]
+        return {"guidance_scale": scale, "strengths": strengths, "right": sum(right)} | scores
 
     grid = [(scale, {"ring": ring, "palette": 1.0}) for scale in (4.0, 6.0, 9.0) for ring in (1.0, 1.5, 2.0)]
     tried = [scored(TRIED, *setting) for setting in grid]
-    scale, strengths = grid[max(range(len(grid)), key=lambda i: sum(tried[i]["iou"]))]
+    scale, strengths = grid[max(range(len(grid)), key=lambda i: tried[i]["right"])]
     return tried + [scored(HELD_OUT, scale, kept) for kept in (strengths, {"ring": 1.0}, {"palette": 1.0})]
 
 
