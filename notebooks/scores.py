@@ -198,7 +198,7 @@ def score_palette() -> list[dict]:
 
 
 def score_fill50k() -> list[dict]:
-    """Three samples of each of the authors' four pairs in tests/, from the ControlNet that ships: docs/fill50k.png."""
+    """Three samples of each of the authors' four pairs in tests/, docs/fill50k.png, and one of FRESH: what ships."""
     pairs = PairedImages(ROOT / "tests" / "fill50k", TINY.resolution)
     controlnet, rows, sheet = load(MODELS / "fill50k" / "controlnet.safetensors"), [], {}
     for i, prompt in enumerate(pairs.prompts):
@@ -208,4 +208,6 @@ def score_fill50k() -> list[dict]:
         sheet[fill(prompt, 14)] = [hints[0] * 2 - 1, pairs.image(i), *images]
     below = [["", "", *(f"IoU {iou:.2f}" for iou in row["iou"])] for row in rows]
     draw_sheet(sheet, DOCS / "fill50k.png", ["hint", "target", *["sample"] * 3], below)
-    return rows
+    fresh, hints = drawn(*FRESH)
+    images = sample_fast(base(), [controlnet], [hints], fresh.prompts, seed=900)
+    return [*rows, {"fresh": scores_of(images, hints, fresh.prompts)}]
