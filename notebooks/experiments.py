@@ -81,6 +81,7 @@ class Training(NamedTuple):
 ALWAYS = "--validation-hints 32 --validation-steps 0 --snapshot-steps 0 --cooldown 0 --num-workers 0"
 TABLE = {
     "seeds": {"seed": Training(f"--snapshot-steps 1 --cooldown {TINY.cooldown}", 5, STEPS)},  # the default
+    "steps": {"steps-double": Training(f"--cooldown {TINY.cooldown}", 3, 2 * STEPS)},
     "rate": {
         "rate-double": Training(f"--learning-rate {2 * RATE:g}"),
         "rate-half": Training(f"--learning-rate {RATE / 2:g}", steps=2 * EQUAL),
@@ -158,6 +159,11 @@ def score(group: str, arms: list[scores.Arm]) -> list[dict]:
     match group:
         case "seeds":
             return scores.score_seeds(len(arms), STEPS)
+        case "steps":
+            return [
+                {"run": name, "seed": i, "fresh": scores.score_fresh(scores.load_arm(name, i, None), i)}
+                for name, i, _ in arms
+            ]
         case "ablation":
             return scores.score_ablation(seed + arms)
         case "failures":

@@ -126,19 +126,24 @@ def residual_maps(seed: int, step: int) -> dict:
     return {"seed": seed, "step": step, "maps": [two.round(decimals=4).tolist() for two in maps]}  # 13 of [2, h, w]
 
 
+def score_fresh(controlnet: ControlNet, seed: int) -> dict:
+    """Scores of samples of hints never looked at before, from other noise."""
+    pairs, hints = drawn(*FRESH)
+    return scores_of(sample_fast(base(), [controlnet], [hints], pairs.prompts, seed=900 + seed), hints, pairs.prompts)
+
+
 def score_seeds(seeds: int, steps: int) -> list[dict]:
     """Samples at every step around each jump and every 20 elsewhere; at the end of hints never looked at before.
 
     docs/jump.webp, jump.png, convergence.png and logs/residuals.jsonl are of the seed whose jump is the median.
     """
-    rows, (fresh, hints) = [], drawn(*FRESH)
+    rows = []
     for seed in range(seeds):
         jump = jump_step(read_log(RUNS / f"seed-{seed}" / "log.jsonl")) or steps
         around = range(jump // 2, min(9 * jump // 8, steps) + 1)
         ious = follow("seed", seed, [*around, *range(0, steps + 1, 20)])
-        images = sample_fast(base(), [load_arm("seed", seed, None)], [hints], fresh.prompts, seed=900 + seed)
         row = {"seed": seed, "jump": jump, "flips": flips({step: ious[step] for step in (0, *around)})}
-        rows.append(row | {"fresh": scores_of(images, hints, fresh.prompts)})
+        rows.append(row | {"fresh": score_fresh(load_arm("seed", seed, None), seed)})
         rows += [judge(("seed", seed, step)) for step in (jump // 2, jump, steps)]
     jump, seed = sorted((row["jump"], row["seed"]) for row in rows if "jump" in row)[seeds // 2]
     write_log(LOGS / "residuals.jsonl", [residual_maps(seed, step) for step in (jump // 2, jump, steps)])
@@ -208,6 +213,4 @@ def score_fill50k() -> list[dict]:
         sheet[fill(prompt, 14)] = [hints[0] * 2 - 1, pairs.image(i), *images]
     below = [["", "", *(f"IoU {iou:.2f}" for iou in row["iou"])] for row in rows]
     draw_sheet(sheet, DOCS / "fill50k.png", ["hint", "target", *["sample"] * 3], below)
-    fresh, hints = drawn(*FRESH)
-    images = sample_fast(base(), [controlnet], [hints], fresh.prompts, seed=900)
-    return [*rows, {"fresh": scores_of(images, hints, fresh.prompts)}]
+    return [*rows, {"fresh": score_fresh(controlnet, 0)}]
