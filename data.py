@@ -39,6 +39,12 @@ def draw_outline(distance: np.ndarray) -> Image.Image:
     return Image.fromarray(np.repeat(np.uint8(outline)[..., None] * 255, 3, axis=2))
 
 
+def fill(distance: np.ndarray, colour: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """The shape of this signed distance [size, size] in a colour, on another: [size, size, 3], with a smooth edge."""
+    coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape
+    return background + coverage * (colour - background)
+
+
 def draw_palette(colour: np.ndarray, background: np.ndarray, size: int) -> Image.Image:
     """A hint that says what colours to paint and not where: stripes of the shape's and the background's in turn."""
     row = np.where(np.arange(size)[:, None] * STRIPES // size % 2 == 0, colour, background)  # [size, 3]
@@ -65,8 +71,7 @@ def draw_scene(
     y, x = np.mgrid[:size, :size] + 0.5
     distance = signed_distance(shape, x - centre_x, y - centre_y, radius)
     hint = draw_palette(colour, background, size) if palette else draw_outline(distance)
-    coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel by the shape: a smooth edge
-    target = np.uint8(np.round(background + coverage * (colour - background)))
+    target = np.uint8(np.round(fill(distance, colour, background)))
     return hint, Image.fromarray(target), f"{name} {shape} with {background_name} background"
 
 

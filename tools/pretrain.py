@@ -30,7 +30,7 @@ from support.options import ArgumentParser
 from support.pictures import save_picture
 from tools.fit import SEED, TRAIN, UNSEEN, Plan, draw_batch, fit, grid, load_trained
 from tools.pretrain_round import Wrong, forgive, paint_midway, slightly_wrong
-from tools.pretrain_vae import train_vae
+from tools.pretrain_vae import reconstruct, train_vae
 from tools.shapes import judge, outline_error, unevenness
 from vae import AutoencoderKL, sample_latent
 from weights import official_state_dict
@@ -252,7 +252,7 @@ def pack(sd: StableDiffusion, path: Path, merges: Path) -> None:
 @torch.no_grad()
 def measure(folder: Path) -> None:
     """The model card's figures of the shipped miniature, and its picture: the first unseen captions, none picked."""
-    sd, noise = StableDiffusion.load("tiny"), torch.Generator().manual_seed(SEED)
+    sd = StableDiffusion.load("tiny")
     images, captions = draw_batch(UNSEEN, range(256), TINY.resolution)
     contrast = (images.amax((2, 3)) - images.amin((2, 3))).mean(dim=1)
     low = (contrast <= contrast.quantile(0.1)).numpy()
@@ -265,10 +265,7 @@ def measure(folder: Path) -> None:
 
     outlines("true", images)
     for sigma in (0, 0.1, 0.2):  # of the latents' standard deviation
-        z = sd.latent_scale * torch.cat([sd.vae.encode(part)[:, :4] for part in images.split(16)])
-        z += sigma * torch.randn(z.shape, generator=noise)
-        decoded = torch.cat([sd.decode_latents(part) for part in z.split(16)])
-        psnr = -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
+        decoded, psnr = reconstruct(sd.vae, images, sigma / sd.latent_scale)
         outlines(f"after the VAE, noise {sigma} on its latents, PSNR {psnr:.2f} dB", decoded)
     settings = {"size": (TINY.resolution,) * 2, "steps": TINY.sampling_steps, "guidance_scale": TINY.guidance_scale}
     parts = range(0, len(captions), 32)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import signed_distance
+from data import fill, signed_distance
 from metrics import prompt_colours
 from sample import generate
 from stable_diffusion import TINY, StableDiffusion
@@ -127,9 +127,8 @@ def paint_midway(sd: StableDiffusion, count: int) -> tuple[Tensor, list[str], Te
             kind, (centre_x, centre_y, radius), error = fit_shape(sd.decode_latents(z[None])[0])
             if f" {kind} with " in text and error < 3:
                 distance = signed_distance(kind, x - centre_x, y - centre_y, radius)
-                coverage = torch.from_numpy(np.clip(0.5 - distance, 0, 1)).float()
-                colour, background = prompt_colours(text).float()[..., None, None] * 2 - 1
-                moments.append(sd.vae.encode((background + coverage * (colour - background))[None]))
+                image = torch.from_numpy(fill(distance, *prompt_colours(text).numpy())).permute(2, 0, 1).float()
+                moments.append(sd.vae.encode(image[None] * 2 - 1))
                 captions.append(text)
                 latents.append(z[None] / sd.latent_scale)
     return torch.cat(moments), captions, torch.cat(latents)

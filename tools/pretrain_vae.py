@@ -82,7 +82,9 @@ def reconstruction_loss(
     return loss, {"pixels": pixels.detach(), "edges": edges.detach(), "kl": kl.detach()}
 
 
-def reconstruct(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The images, encoded (to the latent's mean) and decoded again, and the mean PSNR in dB."""
-    decoded = torch.cat([vae.decode(vae.encode(part)[:, :4]) for part in images.split(16)]).clamp(-1, 1)
+def reconstruct(vae: AutoencoderKL, images: Tensor, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The images, encoded (to the mean, plus noise of size `sigma`) and decoded again, and the mean PSNR in dB."""
+    latents = torch.cat([vae.encode(part)[:, :4] for part in images.split(16)])
+    latents = latents + sigma * torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED))
+    decoded = torch.cat([vae.decode(part) for part in latents.split(16)]).clamp(-1, 1)
     return decoded, -10 * torch.log10(((decoded - images) / 2).square().mean((1, 2, 3))).mean()
